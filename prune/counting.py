@@ -1,0 +1,84 @@
+"""Parameter counts of whole and pruned decoders, and the width rules LoRAM published."""
+
+import math
+from collections.abc import Collection, Sequence
+from fractions import Fraction
+
+from prune.exceptions import PruneError, RatioError
+from prune.groups import ROLES, LayerShape, check_role, shape_of
+
+
+def parameter_count(
+    layers: Sequence[LayerShape], vocab: int, tied: bool, biases: bool | Collection[str] = False
+) -> int:
+    """Parameters of a decoder: seven weights and two norms a layer, a final norm, an embedding and a head.
+
+    ``tied`` counts embedding and head once. ``biases`` is False for none, True for all seven weights, or
+    the roles that carry one (("q", "k", "v") for Qwen2). Norms of queries and keys are not counted. Raises
+    PruneError when there is no layer, hidden sizes differ, ``vocab`` is not positive or a role is unknown.
+    """
+    hidden = {layer.hidden for layer in layers}
+    if len(hidden) != 1 or vocab < 1:
+        raise PruneError(f"expected one hidden size and a vocabulary, found {sorted(hidden)} and {vocab}")
+    width = hidden.pop()
+    biased = (ROLES if biases else ()) if isinstance(biases, bool) else biases
+    for role in biased:
+        check_role(role)
+    total = vocab * width * (1 if tied else 2) + width
+    for layer in layers:
+        total += 2 * width
+        for role in ROLES:
+            out, fan_in = shape_of(role, layer)
+            total += out * fan_in + (out if role in biased else 0)
+    return total
+
+
+def loram_kept(shape: LayerShape, ratio: float) -> LayerShape:
+    """Widths LoRAM keeps of one unprotected layer at ``ratio``: its own rounding, no alignment.
+
+    From arXiv 2502.13533 and its released code. FFN: f - ceil(f * p). KV heads under GQA: n - floor(n * p),
+    with their query heads; heads under MHA: floor(n * (1 - p)). LoRAM protects the first four and the last
+    two layers. Raises RatioError when the ratio is outside [0, 1) or nothing would stay.
+    """
+    if not 0 <= ratio < 1:
+        raise RatioError(f"a pruning ratio must be in [0, 1), found {ratio}")
+    exact = exact_ratio(ratio)
+    ffn = shape.ffn - math.ceil(shape.ffn * exact)
+    if shape.queries_per_kv == 1:
+        kv_heads = math.floor(shape.kv_heads * (1 - exact))
+    else:
+        kv_heads = shape.kv_heads - math.floor(shape.kv_heads * exact)
+    if not ffn or not kv_heads:
+        raise RatioError(f"ratio {ratio} would keep {kv_heads} KV heads and {ffn} FFN channels of {shape}")
+    return LayerShape(shape.hidden, kv_heads * shape.queries_per_kv, kv_heads, shape.head_dim, ffn)
+
+
+def kept_count(total: int, ratio: float, align: int) -> int:
+    """Groups that stay of ``total`` when the share ``ratio`` is to go, as a multiple of ``align``.
+
+    ``total * (1 - ratio)`` is rounded to an integer, then to the nearest multiple of ``align`` (halves up
+    both times), then held between one ``align`` and ``total``; so the result is a multiple of ``align`` or
+    ``total`` itself. Ratio 0 gives ``total``. The ratio is taken as the decimal it prints as: 0.1 means one
+    tenth.
+
+    Raises RatioError when the ratio is outside [0, 1) or rounds to keeping nothing (the message names the
+    largest ratio that works), PruneError when ``total`` or ``align`` is not positive.
+    """
+    if total < 1 or align < 1:
+        raise PruneError(f"total and align must be positive, found {total} and {align}")
+    if not 0 <= ratio < 1:
+        raise RatioError(f"a pruning ratio must be in [0, 1), found {ratio}")
+    if ratio == 0:
+        return total
+    wanted = math.floor(total * (1 - exact_ratio(ratio)) + Fraction(1, 2))
+    if wanted == 0:
+        # Rounded down: a printed bound must be one that works.
+        largest = math.floor((1 - Fraction(1, 2 * total)) * 10**6) / 10**6
+        raise RatioError(f"ratio {ratio} would remove all of {total}; the largest that works is {largest}")
+    nearest = (2 * wanted + align) // (2 * align) * align
+    return min(total, max(align, nearest))
+
+
+def exact_ratio(ratio: float) -> Fraction:
+    """The decimal a float prints as; binary rounding of 0.55 must not move a floor or a ceiling."""
+    return Fraction(str(float(ratio)))

@@ -1,0 +1,167 @@
+"""Laws of slicing, scattering, selecting and recording, for every shape and every choice of groups."""
+
+import json
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from prune.groups import KIND, PRUNED_AXIS, ROLES, LayerShape, shape_of
+from prune.indexmap import IndexMap, LayerKept
+from prune.scatter import restrict_adapter, scatter_adapter
+from prune.select import kept_count, select
+from prune.slice import slice_rows_or_columns
+
+# Examples are tiny; a slow shared machine must not fail them.
+settings.register_profile("prune", max_examples=60, deadline=None)
+RELAXED = settings.get_profile("prune")
+
+RATIOS = st.integers(0, 999).map(lambda thousandths: thousandths / 1000)
+
+
+@st.composite
+def layer_shapes(draw: st.DrawFn) -> LayerShape:
+    kv_heads = draw(st.integers(1, 4))
+    return LayerShape(
+        hidden=draw(st.integers(1, 9)),
+        heads=kv_heads * draw(st.integers(1, 3)),
+        kv_heads=kv_heads,
+        head_dim=draw(st.integers(1, 4)),
+        ffn=draw(st.integers(1, 20)),
+    )
+
+
+def kept_of(draw: st.DrawFn, total: int) -> tuple[int, ...]:
+    return tuple(sorted(draw(st.sets(st.integers(0, total - 1), min_size=1))))
+
+
+@st.composite
+def index_maps(draw: st.DrawFn, max_layers: int = 3) -> IndexMap:
+    shapes = draw(st.lists(layer_shapes(), min_size=1, max_size=max_layers))
+    layers = [LayerKept(kept_of(draw, shape.kv_heads), kept_of(draw, shape.ffn)) for shape in shapes]
+    return IndexMap(tuple(layers), tuple(shapes))
+
+
+def whole_numbers(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
+    """Small integers as fp32: sums of products are exact in any order of summation."""
+    return torch.randint(-8, 9, shape, generator=generator).float()
+
+
+@RELAXED
+@given(
+    index_map=index_maps(1), role=st.sampled_from(ROLES), rank=st.integers(1, 4), seed=st.integers(0, 2**32)
+)
+def test_restrict_undoes_scatter_bit_for_bit(index_map: IndexMap, role: str, rank: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    out, fan_in = shape_of(role, index_map.kept_shape(0))
+    a = torch.randn(rank, fan_in, generator=generator)
+    b = torch.randn(out, rank, generator=generator)
+    kept, full = index_map.kept_indices(0, role), shape_of(role, index_map.original[0])
+    wide_a, wide_b = scatter_adapter(a, b, role, kept, full)
+    assert (wide_a.shape, wide_b.shape) == ((rank, full[1]), (full[0], rank))
+    assert int(wide_a.count_nonzero() + wide_b.count_nonzero()) == int(a.count_nonzero() + b.count_nonzero())
+    back_a, back_b = restrict_adapter(wide_a, wide_b, role, kept)
+    assert torch.equal(back_a, a)
+    assert torch.equal(back_b, b)
+
+
+@RELAXED
+@given(
+    index_map=index_maps(1), role=st.sampled_from(ROLES), rank=st.integers(1, 4), seed=st.integers(0, 2**32)
+)
+def test_slicing_the_sum_is_summing_the_slices(index_map: IndexMap, role: str, rank: int, seed: int) -> None:
+    # (Q + L1 L2 + R(T))[I, J] = Q[I, J] + L1[I] L2[:, J] + T, exactly.
+    generator = torch.Generator().manual_seed(seed)
+    full, small = shape_of(role, index_map.original[0]), shape_of(role, index_map.kept_shape(0))
+    kept = index_map.kept_indices(0, role)
+    base = whole_numbers(full, generator)
+    right, left = whole_numbers((rank, full[1]), generator), whole_numbers((full[0], rank), generator)
+    a, b = whole_numbers((rank, small[1]), generator), whole_numbers((small[0], rank), generator)
+
+    wide_a, wide_b = scatter_adapter(a, b, role, kept, full)
+    composed = slice_rows_or_columns(base + left @ right + wide_b @ wide_a, role, kept)
+    small_right, small_left = restrict_adapter(right, left, role, kept)
+    parts = slice_rows_or_columns(base, role, kept) + small_left @ small_right + b @ a
+    assert composed.shape == small
+    assert torch.equal(composed, parts)
+
+
+@RELAXED
+@given(index_map=index_maps())
+def test_members_of_a_group_share_one_fate(index_map: IndexMap) -> None:
+    for layer, (kept, shape) in enumerate(zip(index_map.layers, index_map.original, strict=True)):
+        small = index_map.kept_shape(layer)
+        for role in ROLES:
+            axis = 0 if PRUNED_AXIS[role] == "rows" else 1
+            indices = index_map.kept_indices(layer, role)
+            assert indices.numel() == shape_of(role, small)[axis]
+            assert bool((indices[1:] > indices[:-1]).all())
+            groups = kept.kv_heads if KIND[role] == "kv" else kept.ffn
+            width = shape_of(role, shape)[axis] // shape.group_count(KIND[role])
+            assert set((indices // width).tolist()) == set(groups)
+
+
+@RELAXED
+@given(index_map=index_maps(), other=index_maps())
+def test_record_round_trip(index_map: IndexMap, other: IndexMap) -> None:
+    again = IndexMap.from_json(json.loads(json.dumps(index_map.to_json())))
+    assert again == index_map
+    assert (other.digest() == index_map.digest()) == (other == index_map)
+
+
+@RELAXED
+@given(total=st.integers(1, 500), ratios=st.tuples(RATIOS, RATIOS), align=st.integers(1, 130))
+def test_counts_are_aligned_bounded_and_monotone(total: int, ratios: tuple[float, float], align: int) -> None:
+    # Half a group is the least that can be asked to stay.
+    low, high = sorted(min(ratio, 1 - 1 / (2 * total) - 1e-9) for ratio in ratios)
+    more, fewer = kept_count(total, low, align), kept_count(total, high, align)
+    assert fewer <= more <= total
+    for count, ratio in ((more, low), (fewer, high)):
+        assert count == total or (count % align == 0 and count >= align)
+        if align <= total:
+            # Nearest multiple, unless held at one unit or the total; one half for rounding to an integer.
+            assert abs(count - total * (1 - ratio)) <= align / 2 + 0.5 or count in (align, total)
+    assert kept_count(total, 0.0, align) == total
+
+
+@st.composite
+def scored_layers(draw: st.DrawFn) -> tuple[list[LayerShape], list[dict[str, Tensor]]]:
+    shapes = draw(st.lists(layer_shapes(), min_size=1, max_size=5))
+    scores = []
+    for shape in shapes:
+        # Few distinct values, so that ties are common.
+        kv = draw(st.lists(st.integers(0, 3), min_size=shape.kv_heads, max_size=shape.kv_heads))
+        ffn = draw(st.lists(st.integers(0, 3), min_size=shape.ffn, max_size=shape.ffn))
+        scores.append({"kv": torch.tensor(kv).double(), "ffn": torch.tensor(ffn).double()})
+    return shapes, scores
+
+
+@RELAXED
+@given(
+    layers=scored_layers(),
+    ratio=st.sampled_from([0.0, 0.2, 0.35, 0.5]),
+    align=st.integers(1, 6),
+    data=st.data(),
+)
+def test_selection_keeps_the_best_of_every_unprotected_layer(
+    layers: tuple[list[LayerShape], list[dict[str, Tensor]]], ratio: float, align: int, data: st.DataObject
+) -> None:
+    shapes, scores = layers
+    first = data.draw(st.integers(0, len(shapes) - 1))
+    last = data.draw(st.integers(0, len(shapes) - 1 - first))
+    options = {"kv_ratio": ratio, "align": align, "protect_first": first, "protect_last": last}
+    index_map = select(scores, shapes, ffn_ratio=ratio, **options)
+    harsher = select(scores, shapes, ffn_ratio=0.5, **options)
+    for number, (kept, shape) in enumerate(zip(index_map.layers, shapes, strict=True)):
+        if number < first or number >= len(shapes) - last:
+            assert index_map.kept_shape(number) == shape
+            continue
+        assert len(kept.kv_heads) == kept_count(shape.kv_heads, ratio, 1)
+        assert len(kept.ffn) == kept_count(shape.ffn, ratio, align)
+        for kind, stay in (("kv", kept.kv_heads), ("ffn", kept.ffn)):
+            ranked = sorted(
+                range(shape.group_count(kind)), key=lambda g: (-float(scores[number][kind][g]), g)
+            )
+            assert stay == tuple(sorted(ranked[: len(stay)]))
+        assert set(harsher.layers[number].ffn) <= set(kept.ffn)
