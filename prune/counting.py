@@ -1,4 +1,7 @@
-"""Parameter counts of whole and pruned decoders, and the width rules LoRAM published."""
+"""Parameter counts of decoders and the counts that stay when pruned: ours, aligned, and LoRAM's own.
+
+Integer arithmetic without tensors, so a plan can be drawn up before any weight is touched.
+"""
 
 import math
 from collections.abc import Collection, Sequence

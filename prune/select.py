@@ -10,6 +10,8 @@ from prune.exceptions import PruneError, RatioError
 from prune.groups import LayerShape
 from prune.indexmap import IndexMap, LayerKept
 
+__all__ = ["kept_count", "select"]
+
 
 def select(
     scores: Sequence[Mapping[str, Tensor]],

@@ -7,10 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from prune.counting import kept_count
 from prune.groups import KIND, PRUNED_AXIS, ROLES, LayerShape, shape_of
 from prune.indexmap import IndexMap, LayerKept
 from prune.scatter import restrict_adapter, scatter_adapter
-from prune.select import kept_count, select
+from prune.select import select
 from prune.slice import slice_rows_or_columns
 
 # Examples are tiny; a slow shared machine must not fail them.
