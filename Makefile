@@ -1,0 +1,50 @@
+# make demo     compile a real language model, end to end, and show what it cost and lost
+# make test     lint, types and tests
+# make lint     lint and types only
+# make bench-X  benchmarks/X.py, ours beside a peer
+# make clean    remove the environment and the caches; run folders stay
+
+PYTHON ?= python3
+# More flags of `python -m venv`; --system-site-packages keeps a torch that is already installed.
+VENV_FLAGS ?=
+# Where PyTorch's CPU or CUDA builds are, where the default index has not the one that is wanted.
+TORCH_INDEX_URL ?=
+# Exact versions; empty: anything in the ranges of pyproject.toml.
+CONSTRAINTS ?= constraints.txt
+# Test processes.
+JOBS ?= 2
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP = $(BIN)/python -m pip install $(addprefix -c ,$(CONSTRAINTS))
+STAMP := $(VENV)/installed
+
+.PHONY: demo test lint clean
+
+demo: $(STAMP)
+	HF_HUB_OFFLINE=1 $(BIN)/qlora-pipe run examples/smollm2.yaml
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# One thread a process: more threads than cores is what makes torch slow.
+test: lint
+	HF_HUB_OFFLINE=1 TQDM_DISABLE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+
+bench-%: $(STAMP)
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/$*.py $(ARGS)
+
+# The stamp comes last, so an interrupted installation is taken up again.
+$(STAMP): pyproject.toml constraints.txt requirements-data.txt
+	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed: make PYTHON=python3.x")'
+	$(PYTHON) -m venv $(VENV_FLAGS) $(VENV)
+	$(PIP) $(addprefix --extra-index-url ,$(TORCH_INDEX_URL)) torch
+	$(PIP) -e '.[dev]'
+	$(BIN)/python -m pip install --no-deps -r requirements-data.txt
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

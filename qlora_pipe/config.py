@@ -1,0 +1,247 @@
+"""The configuration: frozen pydantic models, one canonical spelling, every default visible.
+
+Descriptions of the fields are the documentation: `qlora-pipe init` writes them as comments and
+`qlora-pipe schema` as JSON Schema.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+
+from qlora_pipe.errors import ConfigError
+from qlora_pipe.units import parse_budget, parse_bytes
+
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+Count = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(ge=1)]
+Rate = Annotated[float, Field(gt=0)]
+
+
+class Section(BaseModel):
+    """A frozen block of settings; unknown keys are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Dataset(Section):
+    """A text or a set of records, read as data, never executed."""
+
+    source: str = Field(description="a file, or package:NAME:PATH for a file inside an installed package")
+    prompt: str | None = Field(None, description="template of the user turn, e.g. 'Tell me about {title}.'")
+    response: str | None = Field(None, description="template of the answer; only its tokens are scored")
+    text: str | None = Field(None, description="template of a plain-text record; none: the file is one text")
+    exclude: tuple[str, ...] = Field(
+        (), description="records whose first template field is one of these are dropped"
+    )
+    heldout: Fraction = Field(
+        0.1, description="share of the records (or of the end of the text) kept for evaluation"
+    )
+
+    @model_validator(mode="after")
+    def _templates_agree(self) -> "Dataset":
+        if (self.prompt is None) != (self.response is None):
+            raise ValueError("prompt and response go together: give both, or neither")
+        if self.prompt is not None and self.text is not None:
+            raise ValueError("give prompt and response, or text, not all three")
+        return self
+
+
+def _dataset_shorthand(value: Any) -> Any:
+    return {"source": value} if isinstance(value, str) else value
+
+
+DatasetField = Annotated[Dataset, BeforeValidator(_dataset_shorthand, json_schema_input_type=str | Dataset)]
+
+
+class Data(Section):
+    """What text is used for what."""
+
+    calibration: DatasetField = Field(description="generic text for the calibration pass")
+    task: DatasetField = Field(description="what the adapter is trained on, and held-out rows of it")
+    evaluation: dict[str, DatasetField] = Field(
+        default_factory=dict, description="further held-out texts to measure perplexity on, by name"
+    )
+
+
+class Memory(Section):
+    """What the plan is checked against; nothing is checked where it is null."""
+
+    host: str | None = Field(None, description="host memory that may be used, e.g. 24GB")
+    device: str | None = Field(None, description="device memory that may be used, e.g. 16GiB")
+
+    @field_validator("host", "device")
+    @classmethod
+    def _is_size(cls, value: str | None) -> str | None:
+        if value is not None:
+            _as_value_error(parse_bytes, value)
+        return value
+
+
+class Calibrate(Section):
+    """One forward and backward pass over generic text: second moments of inputs and output gradients."""
+
+    sequences: Positive = Field(8, description="calibration sequences")
+    length: Positive = Field(512, description="tokens per calibration sequence")
+
+
+class Decompose(Section):
+    """W = Q + L1 L2 with a configuration per matrix, chosen by an integer programme (LQ-LoRA)."""
+
+    budget: str = Field(
+        "3.5bits", description="total bits per block weight (3.5bits), or bytes of the model (2GB)"
+    )
+    metric: Literal["fisher", "none"] = Field(
+        "fisher", description="weighting of rows and columns of the error"
+    )
+    bits: tuple[Literal[2, 3, 4, 8], ...] = Field(
+        (2, 3, 4, 8), description="NormalFloat code widths to choose from"
+    )
+    block_sizes: tuple[Positive, ...] = Field(
+        (32, 64), description="weights per first-level scale to choose from"
+    )
+    ranks: tuple[Count, ...] = Field((16,), description="ranks of the low-rank part to choose from")
+    scale_bits: Literal[2, 3, 4, 8] = Field(8, description="bits of a first-level scale code")
+    scale_dtype: Literal["bfloat16", "float16", "float32"] = Field(
+        "bfloat16", description="second-level maxima"
+    )
+    factor_dtype: Literal["bfloat16", "float16", "float32"] = Field(
+        "bfloat16", description="low-rank factors"
+    )
+    ties: tuple[tuple[str, ...], ...] = Field(
+        (("q", "k", "v"), ("gate", "up")), description="roles of a layer that take the same configuration"
+    )
+    table_iterations: Positive = Field(1, description="alternations behind each entry of the error table")
+    iterations: Positive = Field(8, description="most alternations of the final decomposition")
+    time_limit: Rate = Field(
+        60.0, description="seconds the exact solver may take; the gap is stated either way"
+    )
+
+    @field_validator("budget")
+    @classmethod
+    def _is_budget(cls, value: str) -> str:
+        _as_value_error(parse_budget, value)
+        return value
+
+    @field_validator("bits", "block_sizes", "ranks")
+    @classmethod
+    def _not_empty(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if not value:
+            raise ValueError("expected at least one value to choose from")
+        return tuple(sorted(set(value)))
+
+
+class Prune(Section):
+    """Whole KV groups (with their query heads) and FFN channels."""
+
+    method: Literal["magnitude", "random"] = Field("magnitude", description="how groups are ranked")
+    kv_ratio: Fraction = Field(0.0, description="share of the KV groups removed per layer")
+    ffn_ratio: Fraction = Field(0.25, description="share of the FFN channels removed per layer")
+    align: Positive = Field(64, description="kept FFN channels are a multiple of this")
+    protect_first: Count = Field(0, description="first layers left whole")
+    protect_last: Count = Field(0, description="last layers left whole")
+
+
+class Optimisation(Section):
+    """What transformers' Trainer is told."""
+
+    rank: Positive = Field(16, description="rank of the adapter")
+    alpha: Rate = Field(32.0, description="the adapter is scaled by alpha / rank")
+    learning_rate: Rate = Field(5e-4, description="peak learning rate of the adapter factors")
+    steps: Positive = Field(100, description="optimiser steps")
+    batch_size: Positive = Field(4, description="rows per forward pass")
+    accumulation: Positive = Field(1, description="forward passes per optimiser step")
+    length: Positive = Field(256, description="most tokens per row; longer rows are cut")
+    warmup: Fraction = Field(0.1, description="share of the steps that warm up")
+    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="learning-rate schedule")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="of the adapter factors only")
+    clip: Rate = Field(1.0, description="largest gradient norm")
+    optimizer: Literal["adamw", "adamw_8bit"] = Field("adamw", description="adamw_8bit: bitsandbytes")
+    activation_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
+    save_steps: Positive = Field(25, description="steps between checkpoints a killed run resumes from")
+
+
+class Train(Optimisation):
+    """Slot T: additive LoRA on the sliced Q + L1 L2."""
+
+
+class Compact(Optimisation):
+    """L4Q on the pruned original weights: what was trained is the integer model that is shipped."""
+
+    enabled: bool = Field(True, description="false: only the adapter for the full model is made")
+    bits: Literal[2, 3, 4, 8] = Field(4, description="bits of the integer grid")
+    group_size: Positive = Field(64, description="weights per step size, along the input")
+    learning_rate: Rate = Field(2e-4, description="peak learning rate of the adapter factors")
+    step_rate: Rate = Field(2e-5, description="peak learning rate of the step sizes")
+    init: Literal["l4q", "symmetric", "mse"] = Field("l4q", description="first step sizes")
+    warm_start: bool = Field(True, description="start the factors from the trained adapter")
+
+
+class Recover(Section):
+    """The small model's adapter put back on the full model."""
+
+    base: Literal["original", "decomposed"] = Field("original", description="the full model that is deployed")
+    scales: tuple[float, ...] = Field(
+        (0.0, 0.25, 0.5, 0.75, 1.0, 1.25),
+        description="adapter scales tried on held-out rows; 0 is always tried",
+    )
+    rows: Positive = Field(24, description="held-out rows behind the choice, none of them used by evaluate")
+
+    @field_validator("scales")
+    @classmethod
+    def _with_zero(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        return tuple(sorted({0.0, *value}))
+
+
+class Export(Section):
+    """Which folders other tools load."""
+
+    peft: bool = Field(True, description="the adapter for the full model, a stock PEFT folder")
+    merged: bool = Field(True, description="the full model with the adapter added")
+    small: bool = Field(True, description="the pruned and trained model; needs equal widths in every layer")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32", description="of exported dense weights"
+    )
+
+
+class Evaluate(Section):
+    """Perplexity of every model of the chain on held-out text."""
+
+    tokens: Positive = Field(4096, description="scored tokens per data set, at most")
+    length: Positive = Field(512, description="window of plain text, and most tokens per row of the task")
+
+
+class Config(Section):
+    """A whole run."""
+
+    model: str = Field(description="hub id, local folder, .gguf file, or package:NAME")
+    run: str | None = Field(None, description="run folder; default: runs/<name of this file>")
+    seed: Count = Field(0, description="seed of everything random")
+    device: str = Field("cpu", description="where training and evaluation happen: cpu, cuda, cuda:1, mps")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="compute dtype")
+    memory: Memory = Field(default_factory=Memory, description="memory limits the plan is checked against")
+    data: Data
+    calibrate: Calibrate = Field(default_factory=Calibrate)
+    decompose: Decompose = Field(default_factory=Decompose)
+    prune: Prune = Field(default_factory=Prune)
+    train: Train = Field(default_factory=Train)
+    compact: Compact = Field(default_factory=Compact)
+    recover: Recover = Field(default_factory=Recover)
+    export: Export = Field(default_factory=Export)
+    evaluate: Evaluate = Field(default_factory=Evaluate)
+
+    @model_validator(mode="after")
+    def _small_has_equal_widths(self) -> "Config":
+        protected = self.prune.protect_first or self.prune.protect_last
+        if self.export.small and protected and (self.prune.kv_ratio or self.prune.ffn_ratio):
+            raise ValueError(
+                "export.small needs equal widths in every layer, but prune.protect_first or "
+                "prune.protect_last keeps some layers whole: set both to 0, or export.small to false"
+            )
+        return self
+
+
+def _as_value_error(parse: Any, value: str) -> None:
+    try:
+        parse(value)
+    except ConfigError as error:
+        raise ValueError(str(error)) from error
