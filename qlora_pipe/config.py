@@ -30,12 +30,8 @@ class Dataset(Section):
     prompt: str | None = Field(None, description="template of the user turn, e.g. 'Tell me about {title}.'")
     response: str | None = Field(None, description="template of the answer; only its tokens are scored")
     text: str | None = Field(None, description="template of a plain-text record; none: the file is one text")
-    exclude: tuple[str, ...] = Field(
-        (), description="records whose first template field is one of these are dropped"
-    )
-    heldout: Fraction = Field(
-        0.1, description="share of the records (or of the end of the text) kept for evaluation"
-    )
+    exclude: tuple[str, ...] = Field((), description="records whose first template field is one of these are dropped")
+    heldout: Fraction = Field(0.1, description="share of the records (or of the end of the text) kept for evaluation")
 
     @model_validator(mode="after")
     def _templates_agree(self) -> "Dataset":
@@ -87,34 +83,20 @@ class Calibrate(Section):
 class Decompose(Section):
     """W = Q + L1 L2 with a configuration per matrix, chosen by an integer programme (LQ-LoRA)."""
 
-    budget: str = Field(
-        "3.5bits", description="total bits per block weight (3.5bits), or bytes of the model (2GB)"
-    )
-    metric: Literal["fisher", "none"] = Field(
-        "fisher", description="weighting of rows and columns of the error"
-    )
-    bits: tuple[Literal[2, 3, 4, 8], ...] = Field(
-        (2, 3, 4, 8), description="NormalFloat code widths to choose from"
-    )
-    block_sizes: tuple[Positive, ...] = Field(
-        (32, 64), description="weights per first-level scale to choose from"
-    )
+    budget: str = Field("3.5bits", description="total bits per block weight (3.5bits), or bytes of the model (2GB)")
+    metric: Literal["fisher", "none"] = Field("fisher", description="weighting of rows and columns of the error")
+    bits: tuple[Literal[2, 3, 4, 8], ...] = Field((2, 3, 4, 8), description="NormalFloat code widths to choose from")
+    block_sizes: tuple[Positive, ...] = Field((32, 64), description="weights per first-level scale to choose from")
     ranks: tuple[Count, ...] = Field((16,), description="ranks of the low-rank part to choose from")
     scale_bits: Literal[2, 3, 4, 8] = Field(8, description="bits of a first-level scale code")
-    scale_dtype: Literal["bfloat16", "float16", "float32"] = Field(
-        "bfloat16", description="second-level maxima"
-    )
-    factor_dtype: Literal["bfloat16", "float16", "float32"] = Field(
-        "bfloat16", description="low-rank factors"
-    )
+    scale_dtype: Literal["bfloat16", "float16", "float32"] = Field("bfloat16", description="second-level maxima")
+    factor_dtype: Literal["bfloat16", "float16", "float32"] = Field("bfloat16", description="low-rank factors")
     ties: tuple[tuple[str, ...], ...] = Field(
         (("q", "k", "v"), ("gate", "up")), description="roles of a layer that take the same configuration"
     )
     table_iterations: Positive = Field(1, description="alternations behind each entry of the error table")
     iterations: Positive = Field(8, description="most alternations of the final decomposition")
-    time_limit: Rate = Field(
-        60.0, description="seconds the exact solver may take; the gap is stated either way"
-    )
+    time_limit: Rate = Field(60.0, description="seconds the exact solver may take; the gap is stated either way")
 
     @field_validator("budget")
     @classmethod
@@ -198,9 +180,7 @@ class Export(Section):
     peft: bool = Field(True, description="the adapter for the full model, a stock PEFT folder")
     merged: bool = Field(True, description="the full model with the adapter added")
     small: bool = Field(True, description="the pruned and trained model; needs equal widths in every layer")
-    dtype: Literal["float32", "bfloat16", "float16"] = Field(
-        "float32", description="of exported dense weights"
-    )
+    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="of exported dense weights")
 
 
 class Evaluate(Section):

@@ -1,0 +1,166 @@
+"""Decoder families as data: which tensors a layer has, which of them are linear maps, and where biases live.
+
+Adding a family is adding a row to FAMILIES. A checkpoint with a tensor that its row does not explain is refused.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from prune.groups import ROLES, LayerShape, shape_of
+from qlora_pipe.errors import UnsupportedModel
+
+MODULE = {role: f"self_attn.{role}_proj" for role in "qkvo"} | {
+    role: f"mlp.{role}_proj" for role in ("gate", "up", "down")
+}
+"""Path of each linear map inside a layer."""
+
+EMBEDDING, HEAD, FINAL_NORM = "model.embed_tokens", "lm_head", "model.norm"
+_IGNORED = ("rotary_emb.inv_freq",)
+_TWO_NORMS = ("input_layernorm", "post_attention_layernorm")
+_FOUR_NORMS = (*_TWO_NORMS, "pre_feedforward_layernorm", "post_feedforward_layernorm")
+
+
+@dataclass(frozen=True)
+class Family:
+    """What tells one Llama-like family from another."""
+
+    model_types: tuple[str, ...]
+    norms: tuple[str, ...] = _TWO_NORMS
+    head_norms: bool = False
+    bias_roles: tuple[str, ...] = ()
+    attention_bias_key: bool = False
+    mlp_bias_key: bool = False
+    tied_by_default: bool = False
+    head_dim_default: int | None = None
+
+
+FAMILIES = (
+    Family(("llama",), attention_bias_key=True, mlp_bias_key=True),
+    Family(("mistral",)),
+    Family(("qwen2",), bias_roles=("q", "k", "v")),
+    Family(("qwen3",), head_norms=True, attention_bias_key=True),
+    Family(("gemma",), attention_bias_key=True, tied_by_default=True, head_dim_default=256),
+    Family(("gemma2",), norms=_FOUR_NORMS, attention_bias_key=True, tied_by_default=True, head_dim_default=256),
+    Family(
+        ("gemma3_text",),
+        norms=_FOUR_NORMS,
+        head_norms=True,
+        attention_bias_key=True,
+        tied_by_default=True,
+        head_dim_default=256,
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A model's structure, read from its config.json; `layers` hold one shape each (they may differ)."""
+
+    model_type: str
+    family: Family
+    vocab: int
+    layers: tuple[LayerShape, ...]
+    tied: bool
+    biased: frozenset[str]
+
+    @property
+    def hidden(self) -> int:
+        return self.layers[0].hidden
+
+    def linears(self) -> Iterator[tuple[int, str, str]]:
+        """(layer, role, module name) of every linear map of the blocks, in the order of computation."""
+        for layer in range(len(self.layers)):
+            for role in ROLES:
+                yield layer, role, linear_name(layer, role)
+
+    def tensors(self) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every tensor of the dense checkpoint."""
+        found: dict[str, tuple[int, ...]] = {f"{EMBEDDING}.weight": (self.vocab, self.hidden)}
+        for layer, shape in enumerate(self.layers):
+            for role in ROLES:
+                name, (rows, columns) = linear_name(layer, role), shape_of(role, shape)
+                found[f"{name}.weight"] = (rows, columns)
+                if role in self.biased:
+                    found[f"{name}.bias"] = (rows,)
+            prefix = f"model.layers.{layer}"
+            for norm in self.family.norms:
+                found[f"{prefix}.{norm}.weight"] = (self.hidden,)
+            if self.family.head_norms:
+                found[f"{prefix}.self_attn.q_norm.weight"] = (shape.head_dim,)
+                found[f"{prefix}.self_attn.k_norm.weight"] = (shape.head_dim,)
+        found[f"{FINAL_NORM}.weight"] = (self.hidden,)
+        if not self.tied:
+            found[f"{HEAD}.weight"] = (self.vocab, self.hidden)
+        return found
+
+    def others(self) -> dict[str, tuple[int, ...]]:
+        """The tensors that are no linear map of a block: embeddings, norms, head."""
+        inside = {f"{name}.{kind}" for _, _, name in self.linears() for kind in ("weight", "bias")}
+        return {name: shape for name, shape in self.tensors().items() if name not in inside}
+
+    def linear_weights(self) -> int:
+        """Number of weights of the block linears, what `bits per weight` is divided by."""
+        sizes = (shape_of(role, shape) for shape in self.layers for role in ROLES)
+        return sum(rows * columns for rows, columns in sizes)
+
+
+def linear_name(layer: int, role: str) -> str:
+    """Full module name of a linear map, as in the checkpoint."""
+    return f"model.layers.{layer}.{MODULE[role]}"
+
+
+def from_config(config: Mapping[str, Any]) -> Architecture:
+    """The Architecture a config.json describes; raises UnsupportedModel naming what is not understood."""
+    kind = config.get("model_type")
+    family = next((row for row in FAMILIES if kind in row.model_types), None)
+    if family is None:
+        known = ", ".join(name for row in FAMILIES for name in row.model_types)
+        raise UnsupportedModel(
+            f"model_type {kind!r} is not supported; supported are {known}. A further Llama-like family is one row "
+            "in qlora_pipe/architectures.py"
+        )
+    try:
+        hidden, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
+        shape = LayerShape(
+            hidden=hidden,
+            heads=heads,
+            kv_heads=int(config.get("num_key_value_heads") or heads),
+            head_dim=int(config.get("head_dim") or family.head_dim_default or hidden // heads),
+            ffn=int(config["intermediate_size"]),
+        )
+        count, vocab = int(config["num_hidden_layers"]), int(config["vocab_size"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise UnsupportedModel(f"config.json of a {kind} model: expected the usual sizes, found no {error}") from error
+    if min(hidden, heads, shape.kv_heads, shape.head_dim, shape.ffn, count, vocab) < 1 or heads % shape.kv_heads:
+        raise UnsupportedModel(f"config.json: {heads} heads on {shape.kv_heads} KV heads, {count} layers: not a model")
+    biased = set(family.bias_roles)
+    if family.attention_bias_key and config.get("attention_bias"):
+        biased |= {"q", "k", "v", "o"}
+    if family.mlp_bias_key and config.get("mlp_bias"):
+        biased |= {"gate", "up", "down"}
+    return Architecture(
+        model_type=str(kind),
+        family=family,
+        vocab=vocab,
+        layers=(shape,) * count,
+        tied=bool(config.get("tie_word_embeddings", family.tied_by_default)),
+        biased=frozenset(biased),
+    )
+
+
+def check_tensors(architecture: Architecture, found: Mapping[str, tuple[int, ...]]) -> None:
+    """Compare a checkpoint's tensor names and shapes with the description; raises UnsupportedModel."""
+    expected = architecture.tensors()
+    for name, shape in expected.items():
+        if name not in found:
+            raise UnsupportedModel(f"the checkpoint has no tensor {name}, which a {architecture.model_type} model has")
+        if tuple(found[name]) != shape:
+            raise UnsupportedModel(f"tensor {name}: config.json implies shape {shape}, found {tuple(found[name])}")
+    allowed = {f"{HEAD}.weight"} if architecture.tied else set()
+    odd = [name for name in found if name not in expected and name not in allowed and not name.endswith(_IGNORED)]
+    if odd:
+        raise UnsupportedModel(
+            f"the checkpoint has {len(odd)} tensors that the description of {architecture.model_type} does not "
+            f"explain, first {min(odd)}; the model would not be treated whole, so it is refused"
+        )

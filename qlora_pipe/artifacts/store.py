@@ -1,0 +1,200 @@
+"""The run folder: content-addressed objects, atomic commits, one link per stage.
+
+<run>/.objects/<stage>-<identity>/    whole artifacts only: they arrive by a rename
+<run>/.work/                          what is being written, and training checkpoints
+<run>/<stage> -> .objects/...         the stage's current artifact
+"""
+
+import errno
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from qlora_pipe.artifacts.manifest import (
+    MANIFEST,
+    FileEntry,
+    Manifest,
+    check_files,
+    file_digest,
+    identity,
+    list_files,
+    read_manifest,
+)
+from qlora_pipe.errors import ArtifactError, PlanError, StageError
+
+_LIBRARIES = ("qlora-pipe", "torch", "transformers", "pulp")
+
+
+@dataclass(frozen=True)
+class Ticket:
+    """A request for an artifact: everything that its identity is made of."""
+
+    stage: str
+    code_version: int
+    settings: dict[str, Any]
+    inputs: dict[str, str]
+
+    @property
+    def identity(self) -> str:
+        return identity(self.stage, self.code_version, self.settings, self.inputs)
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A committed artifact."""
+
+    folder: Path
+    manifest: Manifest
+
+    @property
+    def identity(self) -> str:
+        return self.manifest.identity
+
+
+class Store:
+    """Artifacts of one run folder."""
+
+    def __init__(self, run: Path) -> None:
+        self.run = run
+        self._objects = run / ".objects"
+        self._work = run / ".work"
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keep a second process out of the run folder; raises ArtifactError naming the owner."""
+        self._objects.mkdir(parents=True, exist_ok=True)
+        self._work.mkdir(exist_ok=True)
+        with (self.run / ".lock").open("a+") as stream:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                stream.seek(0)
+                owner = stream.read().strip() or "unknown"
+                raise ArtifactError(
+                    f"{self.run}: another run (process {owner}) is working in this folder; wait for it to end"
+                ) from None
+            stream.truncate(0)
+            stream.write(str(os.getpid()))
+            stream.flush()
+            yield
+
+    def current(self, stage: str) -> Manifest | None:
+        """The manifest that `<run>/<stage>` stands for, or None."""
+        try:
+            return read_manifest(self.run / stage)
+        except ArtifactError:
+            return None
+
+    def find(self, ticket: Ticket) -> Artifact | None:
+        """The artifact of this identity if it is here and whole; a damaged one is moved out of the way."""
+        folder = self._object(ticket)
+        if not folder.exists():
+            return None
+        try:
+            artifact = Artifact(folder, check_files(folder))
+        except ArtifactError:
+            self._discard(folder)
+            return None
+        self._point(ticket.stage, folder)
+        return artifact
+
+    def work(self, ticket: Ticket) -> Path:
+        """A folder that outlives a killed process, for checkpoints of this very ticket."""
+        folder = self._work / f"{ticket.stage}-{ticket.identity[:16]}"
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    @contextmanager
+    def writing(self, ticket: Ticket) -> Iterator[Path]:
+        """An empty folder to fill; removed again if the stage fails."""
+        folder = self._work / f"{ticket.stage}-{ticket.identity[:16]}.tmp"
+        shutil.rmtree(folder, ignore_errors=True)
+        try:
+            folder.mkdir(parents=True)
+            yield folder
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise StageError(
+                    f"{ticket.stage}: the disk that holds {self.run} is full; free some space and run again, "
+                    "finished stages are kept"
+                ) from error
+            raise
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def commit(self, ticket: Ticket, folder: Path, planned: Mapping[str, int]) -> Artifact:
+        """Hash, compare with the plan, write the manifest last, then rename into place. Raises PlanError."""
+        names = list_files(folder)
+        files = {name: FileEntry(file_digest(folder / name), (folder / name).stat().st_size) for name in names}
+        weights = {name for name in names if ".safetensors" in name}
+        for name in sorted(weights | set(planned)):
+            written = files[name].bytes if name in files else None
+            if written != planned.get(name):
+                raise PlanError(f"{ticket.stage}/{name}: planned {planned.get(name)} bytes, wrote {written}")
+        manifest = Manifest(
+            stage=ticket.stage,
+            identity=ticket.identity,
+            code_version=ticket.code_version,
+            settings=ticket.settings,
+            inputs=ticket.inputs,
+            files=files,
+            planned=dict(planned),
+            versions=library_versions(),
+        )
+        (folder / MANIFEST).write_text(manifest.to_json())
+        for path in folder.rglob("*"):
+            _fsync(path)
+        _fsync(folder)
+        target = self._object(ticket)
+        self._discard(target)
+        folder.rename(target)
+        _fsync(self._objects)
+        self._point(ticket.stage, target)
+        shutil.rmtree(self._work / f"{ticket.stage}-{ticket.identity[:16]}", ignore_errors=True)
+        return Artifact(target, manifest)
+
+    def _object(self, ticket: Ticket) -> Path:
+        return self._objects / f"{ticket.stage}-{ticket.identity[:16]}"
+
+    def _discard(self, folder: Path) -> None:
+        """Remove an object so that no half of it is ever seen under its name."""
+        if folder.exists():
+            trash = self._work / f"{folder.name}.trash"
+            shutil.rmtree(trash, ignore_errors=True)
+            folder.rename(trash)
+            shutil.rmtree(trash, ignore_errors=True)
+
+    def _point(self, stage: str, folder: Path) -> None:
+        link, fresh = self.run / stage, self._work / f"{stage}.link"
+        target = Path(".objects") / folder.name
+        if link.is_symlink() and link.readlink() == target:
+            return
+        fresh.unlink(missing_ok=True)
+        fresh.symlink_to(target)
+        os.replace(fresh, link)
+        _fsync(self.run)
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of the libraries that an artifact's numbers depend on."""
+    found = {}
+    for name in _LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,145 @@
+"""The command line. Heavy imports happen inside the commands that need them."""
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from qlora_pipe.errors import QloraPipeError
+from qlora_pipe.known import CHAIN
+
+_CONFIG = click.argument("config", type=click.Path(path_type=Path))
+_SET = click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a setting.")
+_LOG = click.option("--log-json", is_flag=True, help="One JSON object a line on standard error, for tools.")
+
+
+class _Group(click.Group):
+    """Turns the project's errors into one paragraph and exit code 2."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except QloraPipeError as error:
+            click.echo(f"{type(error).__name__}: {error}", err=True)
+            ctx.exit(2)
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="qlora-pipe")
+def main() -> None:
+    """A compiler for LLM weights under a memory budget."""
+    # Bars of other libraries would tear ours apart.
+    os.environ.setdefault("TQDM_DISABLE", "1")
+
+
+@main.command()
+@click.option("--model", required=True, help="Hub id, folder, .gguf file or package:NAME.")
+@click.option("--budget", default="3.5bits", show_default=True, help="Such as 2.75bits or 24GB.")
+@click.option("--output", type=click.Path(path_type=Path), help="Where to write; default: standard output.")
+def init(model: str, budget: str, output: Path | None) -> None:
+    """Write a commented configuration to start from."""
+    from qlora_pipe.starter import starter
+    from qlora_pipe.units import parse_budget
+
+    parse_budget(budget)
+    text = starter(model, budget)
+    if output is None:
+        click.echo(text, nl=False)
+    elif output.exists():
+        raise click.ClickException(f"{output} exists already; remove it or choose another name")
+    else:
+        output.write_text(text)
+
+
+@main.command()
+def schema() -> None:
+    """Print the JSON Schema of the configuration."""
+    from qlora_pipe.starter import json_schema
+
+    click.echo(json.dumps(json_schema(), indent=2))
+
+
+@main.command()
+@_CONFIG
+@_SET
+@click.option("--json", "as_json", is_flag=True, help="For tools.")
+def plan(config: Path, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Say what every stage reads and writes and how much memory it takes. Reads headers only."""
+    from qlora_pipe.config_file import load
+    from qlora_pipe.plan import make_plan, render_plan
+
+    made = make_plan(load(config, overrides))
+    click.echo(json.dumps(made.to_json(), indent=2) if as_json else render_plan(made))
+
+
+@main.command()
+@_CONFIG
+@_SET
+@_LOG
+@click.option("--until", type=click.Choice(CHAIN), default=CHAIN[-1], show_default=True, help="Last stage.")
+@click.option("--from", "start", type=click.Choice(CHAIN), help="Make this stage and all after it anew.")
+def run(config: Path, overrides: tuple[str, ...], log_json: bool, until: str, start: str | None) -> None:
+    """Run the whole chain; what is done is not done again."""
+    _run(config, overrides, log_json, until, start)
+
+
+def _stage_command(stage: str) -> Callable[..., None]:
+    @main.command(name=stage, help=f"Run the chain up to {stage}.")
+    @_CONFIG
+    @_SET
+    @_LOG
+    def command(config: Path, overrides: tuple[str, ...], log_json: bool) -> None:
+        _run(config, overrides, log_json, stage, None)
+
+    return command
+
+
+for _stage in CHAIN:
+    _stage_command(_stage)
+
+
+@main.command()
+@click.argument("path", type=click.Path(path_type=Path))
+def verify(path: Path) -> None:
+    """Re-hash every file below PATH (a run or an artifact) and check what must hold inside."""
+    from qlora_pipe.verify import verify_path
+
+    for line in verify_path(path):
+        click.echo(line)
+
+
+@main.command()
+@click.argument("path", type=click.Path(path_type=Path))
+def inspect(path: Path) -> None:
+    """Show what is inside PATH (a run or an artifact)."""
+    from qlora_pipe.inspection import describe
+
+    click.echo(describe(path))
+
+
+def _run(config: Path, overrides: tuple[str, ...], log_json: bool, until: str, start: str | None) -> None:
+    from qlora_pipe.config_file import load
+
+    settings = load(config, overrides)
+    if start is not None and CHAIN.index(start) > CHAIN.index(until):
+        raise click.UsageError(f"--from {start} comes after --until {until}")
+
+    from qlora_pipe.compile import compile_model
+    from qlora_pipe.events import Reporter
+
+    compile_model(settings, Reporter(json_lines=log_json), until=until, start=start)
+    if until == CHAIN[-1]:
+        from qlora_pipe.report import show_results, write_report
+
+        assert settings.run is not None
+        report = write_report(Path(settings.run))
+        click.echo(show_results(Path(settings.run)))
+        click.echo(f"report: {report}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

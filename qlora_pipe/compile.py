@@ -1,0 +1,202 @@
+"""The compiler: one straight line of stages, each an artifact on disk with a manifest."""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qlora_pipe import datasets
+from qlora_pipe.artifacts.manifest import Manifest, digest, file_digest
+from qlora_pipe.artifacts.store import Artifact, Store, Ticket
+from qlora_pipe.config import Config
+from qlora_pipe.config_file import resolved_yaml
+from qlora_pipe.errors import ArtifactError
+from qlora_pipe.events import Reporter
+from qlora_pipe.hf.model import check_device
+from qlora_pipe.hf.source import fetch
+from qlora_pipe.known import CHAIN
+from qlora_pipe.meter import Meter
+from qlora_pipe.plan import check_memory, know, plan_known
+from qlora_pipe.sources import find_model, model_files
+from qlora_pipe.stages import (
+    allocate,
+    calibrate,
+    compact,
+    decompose,
+    evaluate,
+    export,
+    prune,
+    recover,
+    score,
+    source,
+    train,
+)
+from qlora_pipe.stages.base import Context, Stage
+
+STAGES = (
+    source.STAGE,
+    calibrate.STAGE,
+    score.STAGE,
+    allocate.STAGE,
+    decompose.STAGE,
+    prune.STAGE,
+    train.STAGE,
+    compact.STAGE,
+    recover.STAGE,
+    export.STAGE,
+    evaluate.STAGE,
+)
+assert tuple(stage.name for stage in STAGES) == CHAIN
+
+
+def compile_model(
+    config: Config, reporter: Reporter, *, until: str = CHAIN[-1], start: str | None = None
+) -> dict[str, Artifact]:
+    """Run the chain up to `until`; what is there and whole is not done again.
+
+    With `start`, earlier stages must be done already and `start` and all after it are made anew. Raises a
+    QloraPipeError for everything the user can mend. Artifacts by stage name.
+    """
+    assert config.run is not None
+    check_device(config.device)
+    store = Store(Path(config.run))
+    with store.lock():
+        run = _Run(config, reporter, store)
+        for stage in STAGES[: CHAIN.index(until) + 1]:
+            run.perform(stage, afresh=start is not None and CHAIN.index(stage.name) >= CHAIN.index(start), start=start)
+        return run.artifacts
+
+
+@dataclass
+class _Run:
+    """What the stages share: the model, what is known of it, and the artifacts made so far."""
+
+    config: Config
+    reporter: Reporter
+    store: Store
+
+    def __post_init__(self) -> None:
+        found = find_model(self.config.model)
+        self.base = fetch(found, self.reporter)
+        self.known = know(self.config, self.base)
+        self._plan()
+        link = self.store.run / "base"
+        link.unlink(missing_ok=True)
+        link.symlink_to(self.base.resolve())
+        self.base_name = found.name if found.kind == "hub" else str(link)
+        (self.store.run / "config.yaml").write_text(resolved_yaml(self.config))
+        self.artifacts: dict[str, Artifact] = {}
+
+    def _plan(self) -> None:
+        """Write plan.json; raises PlanError if the run would not fit."""
+        plan = plan_known(self.known)
+        check_memory(plan, self.config)
+        (self.store.run / "plan.json").write_text(json.dumps(plan.to_json(), indent=2) + "\n")
+
+    def perform(self, stage: Stage, *, afresh: bool, start: str | None) -> None:
+        """Take the stage's artifact if it is there, else make it."""
+        self.reporter.stage = stage.name
+        ticket = self._ticket(stage)
+        known = None if afresh else self.store.find(ticket)
+        if known is not None:
+            self.reporter.event("done", "done already, nothing to do", identity=ticket.identity)
+        elif start is not None and not afresh:
+            raise ArtifactError(
+                f"--from {start}: stage {stage.name} is not done with these settings; run without --from first"
+            )
+        else:
+            self._explain(ticket)
+            known = self._make(stage, ticket)
+        self.artifacts[stage.name] = known
+        if stage.name == "allocate":
+            body = json.loads((known.folder / "allocation.json").read_text())
+            self.known = self.known.with_allocation(allocate.read_allocation(body))
+            self._plan()
+        self.reporter.stage = ""
+
+    def _ticket(self, stage: Stage) -> Ticket:
+        inputs = {name: self.artifacts[name].identity for name in stage.inputs}
+        inputs |= {f"data:{name}": datasets.fingerprint(data) for name, data in stage.data(self.config).items()}
+        if not stage.inputs:
+            inputs["model"] = digest({path.name: file_digest(path) for path in model_files(self.base)})
+        settings = stage.settings(self.config)
+        for name, data in stage.data(self.config).items():
+            settings[f"data:{name}"] = data.model_dump(mode="json", exclude={"source"})
+        return Ticket(stage.name, stage.code_version, settings, inputs)
+
+    def _make(self, stage: Stage, ticket: Ticket) -> Artifact:
+        planned = self.known.files(stage.name)
+        with Meter() as meter, self.store.writing(ticket) as out:
+            context = Context(
+                config=self.config,
+                known=self.known,
+                base=self.base,
+                base_name=self.base_name,
+                inputs={name: self.artifacts[name] for name in stage.inputs},
+                out=out,
+                work=self.store.work(ticket),
+                reporter=self.reporter,
+            )
+            stage.run(context)
+            artifact = self.store.commit(ticket, out, planned)
+        written = sum(entry.bytes for entry in artifact.manifest.files.values())
+        self._keep_stats(stage.name, meter)
+        self.reporter.event(
+            "made",
+            f"done in {meter.seconds:.0f} s, peak {meter.peak_bytes / 1e9:.2f} GB, {written / 1e6:.1f} MB written",
+            identity=ticket.identity,
+            seconds=meter.seconds,
+            peak_bytes=meter.peak_bytes,
+            bytes=written,
+        )
+        return artifact
+
+    def _keep_stats(self, stage: str, meter: Meter) -> None:
+        stats = read_stats(self.store.run)
+        stats[stage] = {"seconds": meter.seconds, "peak_bytes": meter.peak_bytes}
+        fresh = self.store.run / ".work" / "stats.json"
+        fresh.write_text(json.dumps(stats, indent=2) + "\n")
+        os.replace(fresh, self.store.run / "stats.json")
+
+    def _explain(self, ticket: Ticket) -> None:
+        """Say why the stage runs: first time, or what differs from the artifact that is there."""
+        before = self.store.current(ticket.stage)
+        if before is None or before.identity == ticket.identity:
+            self.reporter.event("start", "starting")
+            return
+        for line in changes(before, ticket):
+            self.reporter.event("changed", line)
+
+
+def changes(before: Manifest, ticket: Ticket) -> list[str]:
+    """What differs between an artifact and a request for it, one line each, old value and new."""
+    found = []
+    if before.code_version != ticket.code_version:
+        found.append(f"the code of this stage changed: version {before.code_version} -> {ticket.code_version}")
+    found += _differences("", before.settings, ticket.settings)
+    for name in sorted(set(before.inputs) | set(ticket.inputs)):
+        if before.inputs.get(name) != ticket.inputs.get(name):
+            found.append(f"runs again because {name} changed")
+    return found
+
+
+def read_stats(run: Path) -> dict[str, dict[str, float]]:
+    """Seconds and peak memory of the stages, as last measured; empty if there are none."""
+    try:
+        stats = json.loads((run / "stats.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return stats if isinstance(stats, dict) else {}
+
+
+def _differences(prefix: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    found = []
+    for key in sorted(set(old) | set(new)):
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            found += _differences(f"{prefix}{key}.", before, after)
+        elif before != after:
+            found.append(f"{prefix}{key} changed: {before} -> {after}")
+    return found

@@ -1,0 +1,1 @@
+"""Writing what other tools read: state in, files out."""

@@ -1,0 +1,32 @@
+"""A plain Hugging Face folder, streamed tensor by tensor."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from qlora_pipe.artifacts.layout import Layout
+from qlora_pipe.artifacts.tensors import TensorWriter, torch_dtype_of
+from qlora_pipe.sources import is_tokenizer
+
+
+def write_dense(
+    folder: Path,
+    layout: Layout,
+    read: Callable[[str], Tensor],
+    *,
+    config: dict[str, Any],
+    base: Path,
+    dtype: str,
+) -> None:
+    """Weights, config.json and the tokenizer of `base`. Peak bytes: one tensor in fp32."""
+    with TensorWriter(folder, layout) as writer:
+        for name, spec in layout.items():
+            writer.write(name, read(name).to(torch_dtype_of(spec.dtype)))
+    (folder / "config.json").write_text(json.dumps(config | {"dtype": dtype}, indent=2) + "\n")
+    for path in sorted(base.iterdir()):
+        if is_tokenizer(path):
+            shutil.copyfile(path, folder / path.name)

@@ -1,0 +1,76 @@
+"""The one definition of the language-model loss, for training and for perplexity."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from qlora_pipe.hf.tokens import IGNORED, Row, collate
+
+_HEAD_ROWS = 256
+
+
+@dataclass(frozen=True)
+class Score:
+    """Summed negative log-likelihood (nats) over scored tokens."""
+
+    nll: float
+    tokens: int
+
+    @property
+    def loss(self) -> float:
+        return self.nll / self.tokens
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the mean loss; infinity when that overflows."""
+        return math.exp(self.loss) if self.loss < 700 else math.inf
+
+
+def summed_loss(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
+    """Summed next-token cross entropy over the positions whose label is not IGNORED, a scalar.
+
+    The head sees scored positions only, 256 at a time, recomputed in the backward pass. Peak bytes beyond the hidden
+    states: about 4 x 256 x vocabulary floats.
+    """
+    hidden = model.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
+    targets = batch["labels"][:, 1:]
+    keep = targets != IGNORED
+    states, wanted = hidden[:, :-1][keep], targets[keep]
+    head = model.get_output_embeddings()
+    cap = getattr(model.config, "final_logit_softcapping", None)
+    total = states.new_zeros(())
+    for start in range(0, len(wanted), _HEAD_ROWS):
+        part = (head, cap, states[start : start + _HEAD_ROWS], wanted[start : start + _HEAD_ROWS])
+        total = total + (
+            checkpoint(_head_loss, *part, use_reentrant=False) if torch.is_grad_enabled() else _head_loss(*part)
+        )
+    return total
+
+
+def score(model: PreTrainedModel, rows: Sequence[Row], *, batch_tokens: int = 2048) -> Score:
+    """Score of a model on rows, in batches of rows of like length with about `batch_tokens` tokens each."""
+    device = next(model.parameters()).device
+    ordered = sorted(rows, key=lambda row: len(row.input_ids), reverse=True)
+    nll, tokens, start = 0.0, 0, 0
+    with torch.no_grad():
+        while start < len(ordered):
+            size = max(1, batch_tokens // len(ordered[start].input_ids))
+            chosen = ordered[start : start + size]
+            batch = {name: tensor.to(device) for name, tensor in collate(chosen).items()}
+            nll += summed_loss(model, batch).double().item()
+            tokens += sum(row.scored for row in chosen)
+            start += size
+    return Score(nll, tokens)
+
+
+def _head_loss(head: nn.Module, cap: float | None, states: Tensor, wanted: Tensor) -> Tensor:
+    logits = head(states).float()
+    if cap:
+        logits = cap * torch.tanh(logits / cap)
+    return functional.cross_entropy(logits, wanted, reduction="sum")

@@ -1,0 +1,122 @@
+"""Building transformers models whose linear maps we choose, layer by layer, from tensors on disk."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from qlora_pipe.architectures import Architecture
+from qlora_pipe.errors import DeviceError, SourceError
+from qlora_pipe.hf.source import quiet
+
+LinearOf = Callable[[int, str, str], nn.Module]
+"""(layer, role, module name) to the module that takes its place."""
+
+TensorOf = Callable[[str], Tensor]
+"""Tensor name to its value, for embeddings, norms and head."""
+
+
+def build(
+    config: dict[str, Any], architecture: Architecture, linear: LinearOf, other: TensorOf, *, device: str
+) -> PreTrainedModel:
+    """A frozen model in evaluation mode. Peak bytes: what `linear` and `other` return, one at a time, kept.
+
+    `architecture` may have other widths than `config`, and different ones in each layer: attention reads the number of
+    heads off the tensors, and the ratio of query to key heads is the same everywhere.
+    """
+    quiet()
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
+    for layer, role, name in architecture.linears():
+        _replace(model, name, linear(layer, role, name).to(device))
+    for name in architecture.others():
+        parent, _, leaf = name.rpartition(".")
+        model.get_submodule(parent)._parameters[leaf] = nn.Parameter(other(name).to(device), requires_grad=False)
+    if architecture.tied:
+        model.tie_weights()
+    left = [name for name, tensor in model.named_parameters() if tensor.is_meta]
+    if left:
+        raise SourceError(f"parameter {left[0]} of {type(model).__name__} is not in the architecture description")
+    for buffer in model.buffers():
+        buffer.data = buffer.data.to(device)
+    return model.requires_grad_(False).eval()
+
+
+def dense_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """A frozen nn.Linear that owns `weight` [out, in]; no copy."""
+    with init_empty_weights():
+        module = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
+    module.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        module.bias = nn.Parameter(bias, requires_grad=False)
+    return module
+
+
+class AdaptedLinear(nn.Module):
+    """y = base(x) + strength * B A x, the function PEFT computes for a LoRA layer in evaluation mode."""
+
+    lora_a: Tensor
+    lora_b: Tensor
+
+    def __init__(self, base: nn.Module, lora_a: Tensor, lora_b: Tensor, strength: float) -> None:
+        super().__init__()
+        self.base = base
+        self.strength = strength
+        self.register_buffer("lora_a", lora_a)
+        self.register_buffer("lora_b", lora_b)
+
+    def forward(self, x: Tensor) -> Tensor:
+        low: Tensor = (x @ self.lora_a.T) @ self.lora_b.T
+        result: Tensor = self.base(x)
+        return result + self.strength * low
+
+
+def set_strength(model: nn.Module, strength: float) -> None:
+    """Set the adapter scale of every AdaptedLinear; 0 gives the base model."""
+    for module in model.modules():
+        if isinstance(module, AdaptedLinear):
+            module.strength = strength
+
+
+def small_config(config: dict[str, Any], architecture: Architecture) -> dict[str, Any]:
+    """config.json of a pruned model with equal widths in every layer, as stock transformers reads it."""
+    widths = set(architecture.layers)
+    if len(widths) != 1:
+        raise SourceError(
+            "stock transformers needs equal widths in every layer, but the pruned layers differ; set "
+            "prune.protect_first and prune.protect_last to 0, or export.small to false"
+        )
+    shape = widths.pop()
+    return config | {
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.kv_heads,
+        "head_dim": shape.head_dim,
+        "intermediate_size": shape.ffn,
+    }
+
+
+def check_device(device: str) -> torch.device:
+    """The torch device of that name; raises DeviceError if this machine has none."""
+    try:
+        found = torch.device(device)
+        torch.empty(1, device=found)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise DeviceError(
+            f"device {device!r}: expected a device of this machine, found {str(error).splitlines()[0]}; "
+            "set device to cpu, or install the torch build for your accelerator"
+        ) from error
+    return found
+
+
+def load_config(folder: Path) -> dict[str, Any]:
+    """config.json with every default of the transformers class filled in."""
+    return AutoConfig.from_pretrained(folder, local_files_only=True).to_dict()
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)

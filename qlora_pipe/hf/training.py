@@ -1,0 +1,196 @@
+"""transformers' Trainer over a frozen model with trainable slots: resume to the same bytes, stop on a NaN loss."""
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import (
+    PreTrainedModel,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from qlora_pipe.artifacts.manifest import file_digest
+from qlora_pipe.config import Optimisation
+from qlora_pipe.errors import StageError
+from qlora_pipe.events import Reporter
+from qlora_pipe.hf.loss import summed_loss
+from qlora_pipe.hf.tokens import Row, collate
+from quant.fakequant import L4QLinear
+
+_SLOTS = "slots.safetensors"
+_WHOLE = "whole.json"
+_OPTIMIZERS = {"adamw": "adamw_torch", "adamw_8bit": "adamw_bnb_8bit"}
+
+
+def train(
+    model: PreTrainedModel,
+    rows: Sequence[Row],
+    settings: Optimisation,
+    *,
+    work: Path,
+    seed: int,
+    device: str,
+    reporter: Reporter,
+    step_rate: float | None = None,
+) -> list[dict[str, float]]:
+    """Train every parameter that requires a gradient; returns the log, one {step, loss, ...} per optimiser step.
+
+    Parameters named `scale` or `offset` (L4Q step sizes) learn at `step_rate` and do not decay. Goes on from the last
+    whole checkpoint in `work`. Peak bytes: the model, four fp32 copies of the trained parameters (value, gradient, two
+    moments), activations of one batch.
+    """
+    trainer = _SlotTrainer(
+        model=model,
+        args=_arguments(settings, work, seed, device),
+        train_dataset=list(rows),
+        data_collator=collate,
+        callbacks=[_Watch(reporter, settings.steps)],
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.step_rate = step_rate
+    trainer.train(resume_from_checkpoint=_last_whole_checkpoint(work))
+    keep = ("step", "loss", "learning_rate", "grad_norm")
+    return [{key: row[key] for key in keep if key in row} for row in trainer.state.log_history if "loss" in row]
+
+
+def _arguments(settings: Optimisation, work: Path, seed: int, device: str) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=str(work),
+        max_steps=settings.steps,
+        per_device_train_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.accumulation,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type=settings.schedule,
+        warmup_steps=round(settings.warmup * settings.steps),
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.clip,
+        optim=_OPTIMIZERS[settings.optimizer],
+        activation_checkpointing=settings.activation_checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": False} if settings.activation_checkpointing else None,
+        save_strategy="steps",
+        save_steps=settings.save_steps,
+        save_total_limit=2,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=device == "cpu",
+        seed=seed,
+        data_seed=seed,
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+    )
+
+
+class _SlotTrainer(Trainer):
+    """Saves and loads the trained parameters only; the frozen base is on disk already."""
+
+    step_rate: float | None = None
+    optimizer: torch.optim.Optimizer | None
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Mean over the scored tokens of the whole optimiser step, so that accumulation changes nothing."""
+        count = (inputs["labels"][:, 1:] >= 0).sum() if num_items_in_batch is None else num_items_in_batch
+        loss = summed_loss(self.accelerator.unwrap_model(model), inputs) / count
+        if not torch.isfinite(loss):
+            raise StageError(
+                f"the loss is {loss.item()} at step {self.state.global_step + 1}; the last whole checkpoint is kept: "
+                "lower the learning rate and run again"
+            )
+        return loss
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Adapter factors with weight decay; step sizes with their own rate and none."""
+        if self.optimizer is None:
+            named = [(name, tensor) for name, tensor in self.model.named_parameters() if tensor.requires_grad]
+            steps = [tensor for name, tensor in named if name.endswith((".scale", ".offset"))]
+            factors = [tensor for name, tensor in named if not name.endswith((".scale", ".offset"))]
+            groups: list[dict[str, Any]] = [{"params": factors, "weight_decay": self.args.weight_decay}]
+            if steps:
+                groups.append({"params": steps, "weight_decay": 0.0, "lr": self.step_rate})
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args)
+            self.optimizer = kind(groups, **options)
+        return self.optimizer
+
+    def _save(self, output_dir: str | None = None, state_dict: Mapping[str, Tensor] | None = None) -> None:
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(trained_parameters(self.model), folder / _SLOTS)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        saved = load_file(Path(resume_from_checkpoint) / _SLOTS)
+        with torch.no_grad():
+            for name, tensor in trained_parameters(model or self.model).items():
+                tensor.copy_(saved[name])
+
+
+class _Watch(TrainerCallback):
+    """Progress, positive step sizes, and the mark that makes a checkpoint whole."""
+
+    def __init__(self, reporter: Reporter, steps: int) -> None:
+        self._reporter, self._steps = reporter, steps
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if state.global_step:
+            self._reporter.event("resume", f"going on from step {state.global_step} of {self._steps}")
+        self._block = self._reporter.progress("training", self._steps - state.global_step)
+        self._advance = self._block.__enter__()
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        for module in kwargs["model"].modules():
+            if isinstance(module, L4QLinear):
+                module.clamp_steps_()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._advance()
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._block.__exit__(None, None, None)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        files = {path.name: file_digest(path) for path in sorted(folder.iterdir()) if path.name != _WHOLE}
+        (folder / _WHOLE).write_text(json.dumps(files))
+
+
+def trained_parameters(model: nn.Module) -> dict[str, Tensor]:
+    """Name and value of every parameter that requires a gradient."""
+    return {name: tensor.detach() for name, tensor in model.named_parameters() if tensor.requires_grad}
+
+
+def _last_whole_checkpoint(work: Path) -> str | None:
+    """The newest checkpoint whose files all match its mark; anything else was cut short and is removed."""
+    found = sorted(work.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
+    whole = None
+    for folder in found:
+        if whole is None and _is_whole(folder):
+            whole = folder
+        elif not _is_whole(folder):
+            shutil.rmtree(folder)
+    return str(whole) if whole else None
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        files = json.loads((folder / _WHOLE).read_text())
+        return all(file_digest(folder / name) == value for name, value in files.items())
+    except (OSError, ValueError, AttributeError):
+        return False

@@ -1,0 +1,236 @@
+"""What is known before a stage runs, and the exact weight files it will write; needs no torch."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from prune.groups import PRUNED_AXIS, shape_of
+from qlora_pipe import layouts
+from qlora_pipe.architectures import Architecture
+from qlora_pipe.artifacts.layout import DTYPE_BYTES, Layout, file_bytes, folder_files
+from qlora_pipe.config import Config
+from qlora_pipe.errors import BudgetError, ConfigError
+from qlora_pipe.units import parse_budget
+from quant.storage import Choice
+
+CHAIN = (
+    "source",
+    "calibrate",
+    "score",
+    "allocate",
+    "decompose",
+    "prune",
+    "train",
+    "compact",
+    "recover",
+    "export",
+    "evaluate",
+)
+"""The stages in order."""
+
+_READS = {
+    "source": ("source",),
+    "calibrate": ("source",),
+    "score": ("source", "calibrate"),
+    "decompose": ("source", "calibrate"),
+    "prune": ("decompose",),
+    "train": ("prune",),
+    "compact": ("source", "train"),
+    "recover": ("source", "prune", "train", "compact"),
+    "export": ("source", "recover", "compact"),
+    "evaluate": ("source", "decompose", "prune", "train", "compact", "recover"),
+}
+"""Whose weights a stage reads; `source` stands for the original model."""
+
+Allocation = Mapping[str, Choice]
+
+
+@dataclass(frozen=True)
+class Known:
+    """Configuration and headers; the allocation once it is solved (`allocation_is_final`), before that an estimate."""
+
+    config: Config
+    architecture: Architecture
+    dtypes: Mapping[str, str]
+    allocation: Allocation
+    allocation_is_final: bool
+
+    @cached_property
+    def small(self) -> Architecture:
+        """The architecture after pruning."""
+        return layouts.small_architecture(self.architecture, self.config.prune)
+
+    def with_allocation(self, allocation: Allocation) -> "Known":
+        return replace(self, allocation=allocation, allocation_is_final=True)
+
+    def decomposed(self) -> layouts.Tensors:
+        return layouts.decomposed(self.architecture, self.dtypes, self.allocation, self.config.decompose)
+
+    def pruned(self) -> layouts.Tensors:
+        return layouts.decomposed(self.small, self.dtypes, self.allocation, self.config.decompose)
+
+    def integers(self) -> layouts.Tensors:
+        return layouts.integers(self.small, self.dtypes, self.config.compact)
+
+    def adapter(self) -> layouts.Tensors:
+        return layouts.adapter(self.small, self.config.train.rank)
+
+    def full_adapter(self) -> layouts.Tensors:
+        return layouts.adapter(self.architecture, self.config.train.rank)
+
+    def full_compact_adapter(self) -> layouts.Tensors:
+        return layouts.adapter(self.architecture, self.compact_rank())
+
+    def compact_rank(self) -> int:
+        """A warm start takes over the trained adapter, and with it its rank."""
+        return self.config.train.rank if self.config.compact.warm_start else self.config.compact.rank
+
+    def compact_adapter(self) -> layouts.Tensors:
+        return layouts.adapter(self.small, self.compact_rank())
+
+    def files(self, stage: str) -> dict[str, int]:
+        """Name to exact bytes of every weight file that a stage writes."""
+        config = self.config
+        if stage == "calibrate":
+            return folder_files(layouts.moments(self.architecture), stem="moments")
+        if stage == "decompose":
+            return folder_files(self.decomposed())
+        if stage == "prune":
+            return folder_files(self.pruned())
+        if stage == "train":
+            return folder_files(self.adapter(), stem="adapter")
+        if stage == "compact" and config.compact.enabled:
+            return folder_files(self.integers()) | folder_files(self.compact_adapter(), stem="adapter")
+        if stage == "recover":
+            found = folder_files(self.full_adapter(), stem="adapter")
+            if config.compact.enabled:
+                found |= folder_files(self.full_compact_adapter(), stem="compact_adapter")
+            return found
+        if stage == "export":
+            return self._exported()
+        return {}
+
+    def tensor_count(self, stage: str) -> int:
+        """Tensors a stage writes."""
+        config = self.config
+        linears = len(self.allocation)
+        dense = len(self.architecture.tensors())
+        counts = {
+            "calibrate": 2 * linears,
+            "decompose": len(self.decomposed()),
+            "prune": len(self.pruned()),
+            "train": 2 * linears,
+            "compact": (len(self.integers()) + 2 * linears) * config.compact.enabled,
+            "recover": 2 * linears * (1 + config.compact.enabled),
+            "export": 2 * linears * config.export.peft + dense * (config.export.merged + config.export.small),
+        }
+        return counts.get(stage, 0)
+
+    def reads(self, stage: str) -> int:
+        """Bytes of weights that a stage reads, each file counted once."""
+        return sum(self._weight_bytes(name) for name in _READS.get(stage, ()))
+
+    def _weight_bytes(self, stage: str) -> int:
+        return self.base_bytes() if stage == "source" else sum(self.files(stage).values())
+
+    def base_bytes(self) -> int:
+        """Bytes of the original model's tensors, fp32 where the header is not known yet."""
+        shapes = self.architecture.tensors()
+        return sum(math.prod(shape) * DTYPE_BYTES[self.dtypes.get(name, "F32")] for name, shape in shapes.items())
+
+    def _exported(self) -> dict[str, int]:
+        export = self.config.export
+        found = {}
+        if export.peft:
+            adapter: Layout = layouts.peft_adapter(self.architecture, self.config.train.rank)
+            found["peft/adapter_model.safetensors"] = file_bytes(adapter)
+        for wanted, folder, architecture in (
+            (export.merged, "merged", self.architecture),
+            (export.small, "small", self.small),
+        ):
+            if wanted:
+                files = folder_files(layouts.dense(architecture, export.dtype))
+                found |= {f"{folder}/{name}": size for name, size in files.items()}
+        return found
+
+
+def choices_for(architecture: Architecture, role: str, layer: int, config: Config) -> list[Choice]:
+    """The configurations one matrix may take: block sizes that divide its blocked axis, ranks below its sides.
+
+    Raises ConfigError if none is left.
+    """
+    settings = config.decompose
+    rows, columns = shape_of(role, architecture.layers[layer])
+    along = rows if PRUNED_AXIS[role] == "columns" else columns
+    found = [
+        Choice(bits, block, rank)
+        for bits in settings.bits
+        for block in settings.block_sizes
+        for rank in settings.ranks
+        if along % block == 0 and rank < min(rows, columns)
+    ]
+    if not found:
+        raise ConfigError(
+            f"decompose: no configuration fits the {role} projection [{rows}, {columns}]: expected a block size that "
+            f"divides {along} (have {list(settings.block_sizes)}) and a rank below {min(rows, columns)} "
+            f"(have {list(settings.ranks)})"
+        )
+    return found
+
+
+def check_shapes(architecture: Architecture, config: Config) -> None:
+    """Everything that can be refused from shapes alone; raises ConfigError."""
+    for layer, role, _ in architecture.linears():
+        choices_for(architecture, role, layer, config)
+    if not config.compact.enabled:
+        return
+    small = layouts.small_architecture(architecture, config.prune)
+    for layer, role, _ in small.linears():
+        columns = shape_of(role, small.layers[layer])[1]
+        if columns % config.compact.group_size:
+            raise ConfigError(
+                f"compact.group_size {config.compact.group_size} does not divide the {columns} inputs of the pruned "
+                f"{role} projection; choose a divisor, or prune to a multiple of it (prune.align)"
+            )
+
+
+def linear_budget(architecture: Architecture, dtypes: Mapping[str, str], config: Config) -> int:
+    """Bytes that the packed linear maps may take together; raises BudgetError if a byte budget leaves none."""
+    budget = parse_budget(config.decompose.budget)
+    if budget.kind == "bits":
+        return int(budget.value * architecture.linear_weights() / 8)
+    fixed = fixed_bytes(architecture, dtypes, config)
+    if budget.value <= fixed:
+        raise BudgetError(
+            f"decompose.budget {config.decompose.budget}: embeddings, norms, head and file header alone take {fixed} "
+            "bytes; raise the budget"
+        )
+    return int(budget.value) - fixed
+
+
+def fixed_bytes(architecture: Architecture, dtypes: Mapping[str, str], config: Config) -> int:
+    """Bytes of the decomposed model that no allocation changes, with the longest header that any can have."""
+    widest = {}
+    for layer, role, name in architecture.linears():
+        options = choices_for(architecture, role, layer, config)
+        widest[name] = max(options, key=lambda choice: (choice.bits, -choice.block_size, choice.rank))
+    tensors = layouts.decomposed(architecture, dtypes, widest, config.decompose)
+    linear = layouts.linear_bytes(tensors, architecture)
+    # Offsets and shapes of a smaller choice never take more digits than those of the dearest one.
+    return sum(folder_files(tensors).values()) - linear
+
+
+def estimate_allocation(architecture: Architecture, dtypes: Mapping[str, str], config: Config) -> dict[str, Choice]:
+    """The dearest choice of each matrix within an even share of the budget: the plan's guess until it is solved."""
+    share = linear_budget(architecture, dtypes, config) / architecture.linear_weights()
+    found = {}
+    for layer, role, name in architecture.linears():
+        room = share * math.prod(shape_of(role, architecture.layers[layer]))
+        sizes = {
+            choice: layouts.packed_bytes(layouts.packed_shape(architecture, layer, role, choice, config.decompose))
+            for choice in choices_for(architecture, role, layer, config)
+        }
+        fitting = [choice for choice in sizes if sizes[choice] <= room]
+        found[name] = max(fitting, key=sizes.__getitem__) if fitting else min(sizes, key=sizes.__getitem__)
+    return found

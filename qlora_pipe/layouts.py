@@ -1,0 +1,127 @@
+"""What each stage writes, tensor by tensor. The plan adds these layouts up; the stages write exactly these."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from prune.counting import kept_count
+from prune.groups import PRUNED_AXIS, ROLES, shape_of
+from qlora_pipe.architectures import Architecture, linear_name
+from qlora_pipe.artifacts.layout import DTYPE_BYTES, DTYPE_CODE, TensorSpec
+from qlora_pipe.config import Compact, Decompose, Prune
+from quant.storage import Choice, PackedShape, packed_columns
+
+Tensors = dict[str, TensorSpec]
+
+
+def moments(architecture: Architecture) -> Tensors:
+    """Per linear map: mean square of its inputs [in] and of its output gradients [out]."""
+    found: Tensors = {}
+    for layer, role, name in architecture.linears():
+        rows, columns = shape_of(role, architecture.layers[layer])
+        found[f"{name}.input"] = TensorSpec("F32", (columns,))
+        found[f"{name}.gradient"] = TensorSpec("F32", (rows,))
+    return found
+
+
+def packed_shape(architecture: Architecture, layer: int, role: str, choice: Choice, settings: Decompose) -> PackedShape:
+    """How one linear map is stored: the axis that pruning cuts is the row axis."""
+    rows, columns = shape_of(role, architecture.layers[layer])
+    return PackedShape(
+        in_features=columns,
+        out_features=rows,
+        choice=choice,
+        transposed=PRUNED_AXIS[role] == "columns",
+        scale_bits=settings.scale_bits,
+        scale_dtype=settings.scale_dtype,
+        factor_dtype=settings.factor_dtype,
+        bias=role in architecture.biased,
+    )
+
+
+def packed_bytes(shape: PackedShape) -> int:
+    """Bytes of the tensors of one packed linear map."""
+    return sum(spec.nbytes for spec in _specs("", shape).values())
+
+
+def decomposed(
+    architecture: Architecture,
+    dtypes: Mapping[str, str],
+    allocation: Mapping[str, Choice],
+    settings: Decompose,
+) -> Tensors:
+    """The packed model, whole or pruned: packed linear maps, and all other tensors as the checkpoint has them."""
+    found = others(architecture, dtypes)
+    for layer, role, name in architecture.linears():
+        found |= _specs(name, packed_shape(architecture, layer, role, allocation[name], settings))
+    return found
+
+
+def others(architecture: Architecture, dtypes: Mapping[str, str]) -> Tensors:
+    """Embeddings, norms and head in the dtype of the checkpoint."""
+    return {name: TensorSpec(dtypes.get(name, "F32"), shape) for name, shape in architecture.others().items()}
+
+
+def adapter(architecture: Architecture, rank: int) -> Tensors:
+    """LoRA factors of every linear map: A [rank, in] and B [out, rank]."""
+    found: Tensors = {}
+    for layer, role, name in architecture.linears():
+        rows, columns = shape_of(role, architecture.layers[layer])
+        found[f"{name}.lora_A.weight"] = TensorSpec("F32", (rank, columns))
+        found[f"{name}.lora_B.weight"] = TensorSpec("F32", (rows, rank))
+    return found
+
+
+def peft_adapter(architecture: Architecture, rank: int) -> Tensors:
+    """The same under the names PEFT gives them."""
+    return {f"base_model.model.{name}": spec for name, spec in adapter(architecture, rank).items()}
+
+
+def integers(architecture: Architecture, dtypes: Mapping[str, str], settings: Compact) -> Tensors:
+    """The L4Q model: packed codes and step sizes of every linear map, biases, and all other tensors."""
+    found = others(architecture, dtypes)
+    for layer, role, name in architecture.linears():
+        rows, columns = shape_of(role, architecture.layers[layer])
+        found[f"{name}.codes"] = TensorSpec("I32", (rows, packed_columns(columns, settings.bits)))
+        found[f"{name}.scale"] = TensorSpec("F32", (rows, columns // settings.group_size))
+        if role in architecture.biased:
+            found[f"{name}.bias"] = TensorSpec("F32", (rows,))
+    return found
+
+
+def dense(architecture: Architecture, dtype: str) -> Tensors:
+    """A plain checkpoint; `dtype` is a torch dtype's name."""
+    return {name: TensorSpec(DTYPE_CODE[dtype], shape) for name, shape in architecture.tensors().items()}
+
+
+def small_architecture(architecture: Architecture, settings: Prune) -> Architecture:
+    """The widths that pruning will leave, known before any score is."""
+    last = len(architecture.layers) - settings.protect_last
+    layers = []
+    for index, shape in enumerate(architecture.layers):
+        if settings.protect_first <= index < last:
+            kv_heads = kept_count(shape.kv_heads, settings.kv_ratio, 1)
+            shape = replace(
+                shape,
+                kv_heads=kv_heads,
+                heads=kv_heads * shape.queries_per_kv,
+                ffn=kept_count(shape.ffn, settings.ffn_ratio, settings.align),
+            )
+        layers.append(shape)
+    return replace(architecture, layers=tuple(layers))
+
+
+def linear_bytes(tensors: Tensors, architecture: Architecture) -> int:
+    """Bytes of the tensors that belong to block linears."""
+    prefixes = tuple(f"{linear_name(layer, role)}." for layer in range(len(architecture.layers)) for role in ROLES)
+    return sum(spec.nbytes for name, spec in tensors.items() if name.startswith(prefixes))
+
+
+def tensor_bytes(tensors: Tensors) -> int:
+    """Bytes of all tensors, headers not counted."""
+    return sum(spec.elements * DTYPE_BYTES[spec.dtype] for spec in tensors.values())
+
+
+def _specs(name: str, shape: PackedShape) -> Tensors:
+    return {
+        f"{name}.{buffer}": TensorSpec(DTYPE_CODE[dtype], size) for buffer, (dtype, size) in shape.buffers().items()
+    }

@@ -1,0 +1,96 @@
+"""compact: L4Q on the pruned original weights; the integers of the last step are what is written."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qlora_pipe.config import Config
+from qlora_pipe.hf.training import train
+from qlora_pipe.stages.base import Context, Stage, computing
+from qlora_pipe.stages.models import Make, l4q_modules, sliced_base_model
+from qlora_pipe.stages.train import strength, training_rows
+from quant.fakequant import L4QLinear
+from quant.pack import pack
+
+
+def run(context: Context) -> None:
+    """Peak bytes: the small model in the compute dtype, factors and steps with optimiser state, one batch."""
+    settings, config = context.config.compact, context.config
+    if not settings.enabled:
+        context.write_json("skipped.json", {"reason": "compact.enabled is false"})
+        return
+    model = sliced_base_model(context, _l4q_maker(context))
+    modules = l4q_modules(model)
+    for module in modules.values():
+        for parameter in (module.lora_a, module.lora_b, module.scale):
+            parameter.requires_grad_()
+    log = train(
+        model,
+        training_rows(context, settings.length, settings.steps * settings.batch_size * settings.accumulation),
+        settings,
+        work=context.work,
+        seed=config.seed,
+        device=config.device,
+        reporter=context.reporter,
+        step_rate=settings.step_rate,
+    )
+    _write(context, modules)
+    context.write_json("history.json", log)
+
+
+def compact_strength(context: Context) -> float:
+    """What multiplies B A in the L4Q layers: the trained adapter's scale if they start from it."""
+    settings = context.config.compact
+    return strength(context) if settings.warm_start else settings.alpha / settings.rank
+
+
+def _l4q_maker(context: Context) -> Make:
+    """(name, weight, bias) to an L4Q layer; with a warm start its factors begin as the trained adapter's."""
+    settings = context.config.compact
+    generator = torch.Generator().manual_seed(context.config.seed)
+    adapter = context.reader("train", "adapter")
+
+    def make(name: str, weight: Tensor, bias: Tensor | None) -> nn.Module:
+        start = None
+        if settings.warm_start:
+            start = (adapter.read(f"{name}.lora_A.weight"), adapter.read(f"{name}.lora_B.weight"))
+        return L4QLinear(
+            weight,
+            bias,
+            bits=settings.bits,
+            group_size=settings.group_size,
+            rank=settings.rank,
+            alpha=compact_strength(context),
+            generator=generator,
+            init=settings.init,
+            warm_start=start,
+        )
+
+    return make
+
+
+def _write(context: Context, modules: dict[str, L4QLinear]) -> None:
+    known, half = context.known, 1 << (context.config.compact.bits - 1)
+    with context.writer(known.integers()) as writer:
+        for name, module in modules.items():
+            codes, scale, _ = module.quantized()
+            writer.write(f"{name}.codes", pack((codes.to(torch.int16) + half).to(torch.uint8), module.bits))
+            writer.write(f"{name}.scale", scale)
+            if module.bias is not None:
+                writer.write(f"{name}.bias", module.bias.float())
+        for name in known.small.others():
+            writer.write(name, context.base_reader.read(name))
+    with context.writer(known.compact_adapter(), stem="adapter") as writer:
+        for name, module in modules.items():
+            writer.write(f"{name}.lora_A.weight", module.lora_a)
+            writer.write(f"{name}.lora_B.weight", module.lora_b)
+
+
+def _settings(config: Config) -> dict[str, Any]:
+    if not config.compact.enabled:
+        return {"enabled": False}
+    return computing(config) | config.compact.model_dump(mode="json")
+
+
+STAGE = Stage("compact", 1, ("source", "prune", "train"), _settings, run, lambda config: {"task": config.data.task})

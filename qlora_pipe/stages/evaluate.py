@@ -1,0 +1,117 @@
+"""evaluate: perplexity of every model of the chain on held-out text."""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from qlora_pipe import datasets, layouts
+from qlora_pipe.artifacts.headers import read_folder
+from qlora_pipe.hf.loss import score
+from qlora_pipe.hf.tokens import Row, load_tokenizer, rows, take
+from qlora_pipe.stages.base import Context, Stage, computing
+from qlora_pipe.stages.models import base_model, decomposed_model, integer_model, pruned_model, with_adapter
+from qlora_pipe.stages.recover import heldout_rows
+from qlora_pipe.stages.train import strength
+
+
+def run(context: Context) -> None:
+    """One model at a time. Peak bytes: the full dense model, with the adapter, and the activations of 2048 tokens."""
+    texts = _texts(context)
+    (context.out / "heldout").mkdir()
+    for name, chosen in texts.items():
+        lines = (json.dumps({"input_ids": row.input_ids, "labels": row.labels}) for row in chosen)
+        (context.out / "heldout" / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+    metrics = []
+    sizes = _sizes(context)
+    with context.reporter.progress("measuring perplexity", len(sizes) * len(texts)) as advance:
+        for name, model in _models(context):
+            for dataset, chosen in texts.items():
+                found = score(model, chosen)
+                metrics.append(
+                    {
+                        "model": name,
+                        "dataset": dataset,
+                        "perplexity": found.perplexity,
+                        "loss": found.loss,
+                        "tokens": found.tokens,
+                        **sizes[name],
+                    }
+                )
+                advance()
+            del model
+    context.write_json("metrics.json", metrics)
+
+
+def _texts(context: Context) -> dict[str, list[Row]]:
+    """Held-out rows by data set; of the task those that did not choose the recovery scale."""
+    config = context.config
+    settings = config.evaluate
+    texts = {"task": take(heldout_rows(context)[config.recover.rows :], settings.tokens)}
+    tokenizer = load_tokenizer(context.base)
+    for name, dataset in config.data.evaluation.items():
+        records = datasets.load(dataset, "heldout", config.seed)
+        count = max(1, settings.tokens // settings.length)
+        found = rows(tokenizer, records, length=settings.length, count=count, name=dataset.source)
+        texts[name] = take(found, settings.tokens)
+    return texts
+
+
+def _models(context: Context) -> Iterator[tuple[str, PreTrainedModel]]:
+    """The models of the chain, one alive at a time."""
+    yield "base", base_model(context)
+    yield "decomposed", decomposed_model(context)
+    yield "pruned", pruned_model(context)
+    small = context.reader("train", "adapter")
+    yield "trained-small", pruned_model(context, with_adapter(small.read, strength(context), context.dtype))
+    if context.config.compact.enabled:
+        yield "compact", integer_model(context, context.reader("compact"))
+    full = context.reader("recover", "adapter")
+    factor = context.read_json("recover", "recovery.json")["scale"] * strength(context)
+    adapted = with_adapter(full.read, factor, context.dtype)
+    yield "full+recovered", base_model(context, adapted)
+    yield "decomposed+recovered", decomposed_model(context, adapted)
+
+
+def _sizes(context: Context) -> dict[str, dict[str, Any]]:
+    """Bits per block weight (scales and low-rank factors counted) and bytes on disk of every model."""
+    known = context.known
+    base = {name: place.spec for name, place in read_folder(context.base).items()}
+    base_file = sum(path.stat().st_size for path in context.base.glob("*.safetensors"))
+    adapter, full_adapter = known.files("train"), known.files("recover")["adapter.safetensors"]
+
+    def size(tensors: layouts.Tensors, files: int, weights: int, extra: int = 0) -> dict[str, Any]:
+        bits = 8 * (layouts.linear_bytes(tensors, known.architecture) + extra) / weights
+        return {"bits_per_weight": bits, "bytes": files}
+
+    full, small = known.architecture.linear_weights(), known.small.linear_weights()
+    decomposed, pruned = sum(known.files("decompose").values()), sum(known.files("prune").values())
+    extra_small = layouts.tensor_bytes(known.adapter())
+    extra_full = layouts.tensor_bytes(known.full_adapter())
+    found = {
+        "base": size(base, base_file, full),
+        "decomposed": size(known.decomposed(), decomposed, full),
+        "pruned": size(known.pruned(), pruned, small),
+        "trained-small": size(known.pruned(), pruned + sum(adapter.values()), small, extra_small),
+    }
+    if context.config.compact.enabled:
+        found["compact"] = size(known.integers(), known.files("compact")["model.safetensors"], small)
+    found["full+recovered"] = size(base, base_file + full_adapter, full, extra_full)
+    found["decomposed+recovered"] = size(known.decomposed(), decomposed + full_adapter, full, extra_full)
+    return found
+
+
+STAGE = Stage(
+    "evaluate",
+    1,
+    ("source", "allocate", "decompose", "prune", "train", "compact", "recover"),
+    lambda config: (
+        computing(config)
+        | config.evaluate.model_dump(mode="json")
+        | {"recover_rows": config.recover.rows, "alpha": config.train.alpha}
+        | {"compact": config.compact.model_dump(mode="json", include={"enabled", "bits", "group_size"})}
+    ),
+    run,
+    lambda config: {"task": config.data.task} | config.data.evaluation,
+)

@@ -1,0 +1,121 @@
+"""export: the PEFT adapter of the full model, the merged full model, the small model."""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from qlora_pipe import layouts
+from qlora_pipe.exporters.dense import write_dense
+from qlora_pipe.exporters.peft import write_peft
+from qlora_pipe.hf.model import small_config
+from qlora_pipe.sources import read_config
+from qlora_pipe.stages.base import Context, Stage
+from qlora_pipe.stages.models import integer_weight
+from qlora_pipe.stages.packing import read_packed
+from qlora_pipe.stages.train import strength
+
+Read = Callable[[str], Tensor]
+
+
+def run(context: Context) -> None:
+    """Streams tensor by tensor. Peak bytes: a few matrices in fp32."""
+    config, known = context.config, context.known
+    base_config = read_config(context.base)
+    exported: dict[str, Any] = {}
+    scale = context.read_json("recover", "recovery.json")["scale"]
+    if config.export.peft:
+        (context.out / "peft").mkdir()
+        write_peft(
+            context.out / "peft",
+            layouts.peft_adapter(known.architecture, config.train.rank),
+            context.reader("recover", "adapter").read,
+            base=context.base_name,
+            rank=config.train.rank,
+            strength=strength(context),
+            scale=scale,
+        )
+        exported["peft"] = {"base": "the original model", "scale": scale, "exact": scale == 1}
+    if config.export.merged:
+        _dense(context, "merged", _merged(context, scale * strength(context)), base_config)
+        exported["merged"] = {"weights": f"{config.recover.base} + adapter", "dtype": config.export.dtype}
+    if config.export.small:
+        read = _integers(context) if config.compact.enabled else _small(context)
+        _dense(context, "small", read, small_config(base_config, known.small))
+        trained = "L4Q integers, dequantised" if config.compact.enabled else "Q + L1 L2 + adapter"
+        exported["small"] = {"weights": trained, "dtype": config.export.dtype}
+    context.write_json("export.json", exported)
+
+
+def _dense(context: Context, folder: str, read: Read, config: dict[str, Any]) -> None:
+    (context.out / folder).mkdir()
+    small = folder == "small"
+    architecture = context.known.small if small else context.known.architecture
+    dtype = context.config.export.dtype
+    layout = layouts.dense(architecture, dtype)
+    write_dense(context.out / folder, layout, read, config=config, base=context.base, dtype=dtype)
+
+
+def _merged(context: Context, factor: float) -> Read:
+    """Weights of the deployed full model plus the scaled adapter."""
+    adapter, known = context.reader("recover", "adapter"), context.known
+    roles = {name: (layer, role) for layer, role, name in known.architecture.linears()}
+    packed = context.reader("decompose") if context.config.recover.base == "decomposed" else None
+
+    def read(tensor: str) -> Tensor:
+        name, _, kind = tensor.rpartition(".")
+        if kind != "weight" or name not in roles:
+            return context.base_reader.read_float(tensor)
+        if packed is None:
+            weight = context.base_reader.read_float(tensor)
+        else:
+            shape = layouts.packed_shape(
+                known.architecture, *roles[name], known.allocation[name], context.config.decompose
+            )
+            weight = read_packed(packed.read, name, shape).dequantized()
+        lora_a, lora_b = (adapter.read(f"{name}.lora_{side}.weight") for side in "AB")
+        return weight.addmm(lora_b, lora_a, alpha=factor)
+
+    return read
+
+
+def _integers(context: Context) -> Read:
+    """The trained integer model, dequantised: the very weights of the last training step."""
+    reader = context.reader("compact")
+    linears = {name for _, _, name in context.known.small.linears()}
+
+    def read(tensor: str) -> Tensor:
+        name, _, kind = tensor.rpartition(".")
+        if kind == "weight" and name in linears:
+            return integer_weight(context, reader, name)
+        return reader.read_float(tensor)
+
+    return read
+
+
+def _small(context: Context) -> Read:
+    """The pruned model with its adapter merged."""
+    reader, adapter, known = context.reader("prune"), context.reader("train", "adapter"), context.known
+    roles = {name: (layer, role) for layer, role, name in known.small.linears()}
+
+    def read(tensor: str) -> Tensor:
+        name, _, kind = tensor.rpartition(".")
+        if kind != "weight" or name not in roles:
+            return reader.read_float(tensor)
+        shape = layouts.packed_shape(known.small, *roles[name], known.allocation[name], context.config.decompose)
+        lora_a, lora_b = (adapter.read(f"{name}.lora_{side}.weight") for side in "AB")
+        return read_packed(reader.read, name, shape).dequantized().addmm(lora_b, lora_a, alpha=strength(context))
+
+    return read
+
+
+STAGE = Stage(
+    "export",
+    1,
+    ("source", "allocate", "decompose", "prune", "train", "compact", "recover"),
+    lambda config: (
+        config.export.model_dump(mode="json")
+        | {"compact": config.compact.enabled, "base": config.recover.base, "alpha": config.train.alpha}
+    ),
+    run,
+)

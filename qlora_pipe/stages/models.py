@@ -1,0 +1,143 @@
+"""The models of the chain, each built layer by layer from the artifacts."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from prune.slice import slice_bias, slice_rows_or_columns
+from qlora_pipe import layouts
+from qlora_pipe.architectures import Architecture
+from qlora_pipe.artifacts.tensors import TensorReader
+from qlora_pipe.hf.model import AdaptedLinear, build, dense_linear, load_config
+from qlora_pipe.stages.base import Context
+from qlora_pipe.stages.packing import read_packed
+from quant.fakequant import L4QLinear
+from quant.grid import dequantize
+from quant.linear import PackedLinear
+from quant.pack import unpack
+
+Wrap = Callable[[int, str, str, nn.Module], nn.Module]
+"""(layer, role, name, linear map) to what takes its place."""
+
+Make = Callable[[str, Tensor, Tensor | None], nn.Module]
+"""(name, weight, bias) to a linear map."""
+
+
+def base_model(context: Context, wrap: Wrap | None = None) -> PreTrainedModel:
+    """The original model, dense. Peak bytes: its weights in the compute dtype."""
+    reader, architecture = context.base_reader, context.known.architecture
+
+    def linear(layer: int, role: str, name: str) -> nn.Module:
+        bias = reader.read_float(f"{name}.bias", context.dtype) if role in architecture.biased else None
+        return dense_linear(reader.read_float(f"{name}.weight", context.dtype), bias)
+
+    return _build(context, architecture, linear, reader, wrap)
+
+
+def decomposed_model(context: Context, wrap: Wrap | None = None) -> PreTrainedModel:
+    """The full model with weights Q + L1 L2, made dense layer by layer. Peak bytes: the dense model."""
+    return _from_packed(context, "decompose", context.known.architecture, wrap, dense=True)
+
+
+def pruned_model(context: Context, wrap: Wrap | None = None, *, dense: bool = True) -> PreTrainedModel:
+    """The small model with weights Q + L1 L2. Peak bytes: the small model, dense or packed."""
+    return _from_packed(context, "prune", context.known.small, wrap, dense=dense)
+
+
+def integer_model(context: Context, reader: TensorReader) -> PreTrainedModel:
+    """The trained L4Q model from its stored integers, made dense. Peak bytes: the small dense model."""
+    small = context.known.small
+
+    def linear(layer: int, role: str, name: str) -> nn.Module:
+        bias = reader.read_float(f"{name}.bias", context.dtype) if role in small.biased else None
+        return dense_linear(integer_weight(context, reader, name).to(context.dtype), bias)
+
+    return _build(context, small, linear, reader, None)
+
+
+def integer_weight(context: Context, reader: TensorReader, name: str) -> Tensor:
+    """fp32 weight [out, in] of a stored L4Q map: codes times steps, the function that training used."""
+    bits, group = context.config.compact.bits, context.config.compact.group_size
+    scale = reader.read(f"{name}.scale")
+    codes = unpack(reader.read(f"{name}.codes"), bits, scale.shape[1] * group)
+    return dequantize(codes.to(torch.int16) - (1 << (bits - 1)), scale, None)
+
+
+def sliced_base_model(context: Context, make: Make, wrap: Wrap | None = None) -> PreTrainedModel:
+    """The original weights with pruned groups cut out; `make` turns (name, weight, bias) into a module.
+
+    Peak bytes: the small model in the compute dtype, and one full matrix.
+    """
+    small = context.known.small
+
+    def linear(layer: int, role: str, name: str) -> nn.Module:
+        return make(name, *sliced_base_weight(context, layer, role, name))
+
+    return _build(context, small, linear, context.base_reader, wrap)
+
+
+def sliced_base_weight(context: Context, layer: int, role: str, name: str) -> tuple[Tensor, Tensor | None]:
+    """W0[I, J] and its bias, in the compute dtype."""
+    reader, kept = context.base_reader, context.index_map.kept_indices(layer, role)
+    weight = slice_rows_or_columns(reader.read_float(f"{name}.weight", context.dtype), role, kept)
+    if role not in context.known.architecture.biased:
+        return weight, None
+    return weight, slice_bias(reader.read_float(f"{name}.bias", context.dtype), role, kept)
+
+
+def with_adapter(read: Callable[[str], Tensor], strength: float, dtype: torch.dtype) -> Wrap:
+    """A wrap that adds stored LoRA factors, scaled by `strength`, to every linear map."""
+
+    def wrap(layer: int, role: str, name: str, module: nn.Module) -> nn.Module:
+        lora_a, lora_b = (read(f"{name}.lora_{side}.weight").to(dtype) for side in "AB")
+        return AdaptedLinear(module, lora_a, lora_b, strength)
+
+    return wrap
+
+
+def l4q_modules(model: PreTrainedModel) -> dict[str, L4QLinear]:
+    """Name to module of every L4Q linear map."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, L4QLinear)}
+
+
+def packed_modules(model: PreTrainedModel) -> dict[str, PackedLinear]:
+    """Name to module of every packed linear map."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
+
+
+def _from_packed(
+    context: Context, stage: str, architecture: Architecture, wrap: Wrap | None, *, dense: bool
+) -> PreTrainedModel:
+    reader, settings = context.reader(stage), context.config.decompose
+
+    def linear(layer: int, role: str, name: str) -> nn.Module:
+        shape = layouts.packed_shape(architecture, layer, role, context.known.allocation[name], settings)
+        packed = read_packed(reader.read, name, shape)
+        if not dense:
+            return packed
+        bias = None if packed.bias is None else packed.bias.to(context.dtype)
+        return dense_linear(packed.dequantized().to(context.dtype), bias)
+
+    return _build(context, architecture, linear, reader, wrap)
+
+
+def _build(
+    context: Context,
+    architecture: Architecture,
+    linear: Callable[[int, str, str], nn.Module],
+    reader: TensorReader,
+    wrap: Wrap | None,
+) -> PreTrainedModel:
+    config: dict[str, Any] = load_config(context.base)
+
+    def placed(layer: int, role: str, name: str) -> nn.Module:
+        module = linear(layer, role, name)
+        return wrap(layer, role, name, module) if wrap else module
+
+    def other(name: str) -> Tensor:
+        return reader.read_float(name, context.dtype)
+
+    return build(config, architecture, placed, other, device=context.config.device)

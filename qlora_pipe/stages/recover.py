@@ -1,0 +1,143 @@
+"""recover: the small model's adapter at the full model's shapes, and the scale at which it helps there (LoRAM)."""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from prune.groups import shape_of
+from prune.scatter import scatter_adapter
+from qlora_pipe import datasets, layouts
+from qlora_pipe.artifacts.tensors import TensorReader
+from qlora_pipe.hf.loss import score
+from qlora_pipe.hf.model import dense_linear, set_strength
+from qlora_pipe.hf.tokens import Row, load_tokenizer, rows
+from qlora_pipe.stages.base import Context, Stage, computing
+from qlora_pipe.stages.compact import compact_strength
+from qlora_pipe.stages.models import (
+    base_model,
+    decomposed_model,
+    integer_model,
+    pruned_model,
+    sliced_base_model,
+    with_adapter,
+)
+from qlora_pipe.stages.train import strength
+from qlora_pipe.transfer import Losses, UnquantiseGap, choose_scale, transfer_efficiency
+from quant.grid import dequantize, init_step, quantize
+
+_SHORTEST_ANSWER = 32
+
+
+def run(context: Context) -> None:
+    """Scatter, then measure. Peak bytes: one full dense model with the adapter."""
+    config, known = context.config, context.known
+    _scatter(context, "train", "adapter", known.full_adapter())
+    if config.compact.enabled:
+        _scatter(context, "compact", "compact_adapter", known.full_compact_adapter())
+    chosen = heldout_rows(context)[: config.recover.rows]
+    by_scale = _loss_by_scale(context, chosen)
+    scale = choose_scale(by_scale)
+    losses = Losses(by_scale[0.0], by_scale[scale], *_small_losses(context, chosen))
+    report: dict[str, Any] = {
+        "base": config.recover.base,
+        "scale": scale,
+        "tau": transfer_efficiency(losses),
+        "losses": losses._asdict(),
+        "loss_by_scale": {str(key): value for key, value in by_scale.items()},
+        "rows": len(chosen),
+        "tokens": sum(row.scored for row in chosen),
+        "index_map": context.index_map.digest(),
+    }
+    if config.compact.enabled:
+        report["unquantise_gap"] = _unquantise_gap(context, chosen)
+    context.write_json("recovery.json", report)
+    context.reporter.event("recovered", _verdict(report))
+
+
+def heldout_rows(context: Context) -> list[Row]:
+    """Held-out rows of the task: the first `recover.rows` choose the scale, those after them are for evaluate."""
+    config = context.config
+    records = datasets.load(config.data.task, "heldout", config.seed)
+    return rows(
+        load_tokenizer(context.base),
+        records,
+        length=config.evaluate.length,
+        count=config.recover.rows + max(1, config.evaluate.tokens // _SHORTEST_ANSWER),
+        name=config.data.task.source,
+    )
+
+
+def _scatter(context: Context, stage: str, stem: str, layout: layouts.Tensors) -> None:
+    """Put the factors at the kept indices of full-size zeros, one matrix at a time."""
+    reader, full = context.reader(stage, "adapter"), context.known.architecture
+    with context.writer(layout, stem=stem) as writer:
+        for layer, role, name in full.linears():
+            small_a, small_b = (reader.read(f"{name}.lora_{side}.weight") for side in "AB")
+            kept = context.index_map.kept_indices(layer, role)
+            lora_a, lora_b = scatter_adapter(small_a, small_b, role, kept, shape_of(role, full.layers[layer]))
+            writer.write(f"{name}.lora_A.weight", lora_a)
+            writer.write(f"{name}.lora_B.weight", lora_b)
+
+
+def _loss_by_scale(context: Context, chosen: list[Row]) -> dict[float, float]:
+    """Held-out loss of the full model by relative adapter scale."""
+    make = base_model if context.config.recover.base == "original" else decomposed_model
+    model = make(context, with_adapter(TensorReader(context.out, "adapter").read, 0.0, context.dtype))
+    found = {}
+    with context.reporter.progress("trying scales", len(context.config.recover.scales)) as advance:
+        for scale in context.config.recover.scales:
+            set_strength(model, scale * strength(context))
+            found[scale] = score(model, chosen).loss
+            advance()
+    return found
+
+
+def _small_losses(context: Context, chosen: list[Row]) -> tuple[float, float]:
+    """Held-out loss of the small model without and with its adapter."""
+    model = pruned_model(context, with_adapter(context.reader("train", "adapter").read, 0.0, context.dtype))
+    without = score(model, chosen).loss
+    set_strength(model, strength(context))
+    return without, score(model, chosen).loss
+
+
+def _unquantise_gap(context: Context, chosen: list[Row]) -> dict[str, float | None]:
+    """L4Q trained quant(W + BA): what is lost when BA is taken without the grid it was trained on."""
+    settings = context.config.compact
+    wrap = with_adapter(context.reader("compact", "adapter").read, compact_strength(context), context.dtype)
+
+    def nearest(name: str, weight: Tensor, bias: Tensor | None) -> nn.Module:
+        step = init_step(weight, settings.bits, settings.group_size, method=settings.init)
+        codes, _ = quantize(weight.float(), step, None, settings.bits)
+        return dense_linear(dequantize(codes, step, None).to(weight.dtype), bias)
+
+    def dense(name: str, weight: Tensor, bias: Tensor | None) -> nn.Module:
+        return dense_linear(weight, bias)
+
+    return UnquantiseGap(
+        quantised=score(integer_model(context, context.reader("compact")), chosen).loss,
+        unquantised=score(sliced_base_model(context, dense, wrap), chosen).loss,
+        without_adapter=score(sliced_base_model(context, nearest), chosen).loss,
+    ).report()
+
+
+def _verdict(report: dict[str, Any]) -> str:
+    if report["scale"] == 0:
+        return "the recovered adapter does not help the full model on held-out rows; it is exported with scale 0"
+    tau = "none: the small model gained nothing" if report["tau"] is None else f"{report['tau']:.2f}"
+    return f"the recovered adapter helps the full model at scale {report['scale']} (transfer efficiency {tau})"
+
+
+STAGE = Stage(
+    "recover",
+    1,
+    ("source", "allocate", "decompose", "prune", "train", "compact"),
+    lambda config: (
+        computing(config)
+        | config.recover.model_dump(mode="json")
+        | {"evaluate": config.evaluate.model_dump(mode="json")}
+        | {"compact": config.compact.model_dump(mode="json")}
+        | {"alpha": config.train.alpha}
+    ),
+    run,
+    lambda config: {"task": config.data.task},
+)
