@@ -1,0 +1,150 @@
+import pytest
+import torch
+
+from quant import reference
+from quant.blockwise import BlockFormat, dequantize, quantize, scales
+from quant.decompose import decompose, weighted_loss
+from quant.exceptions import NonFiniteError, QuantError, ShapeError
+from quant.lowrank import svd_lowrank
+
+FORMAT = BlockFormat(3, 32)
+
+
+def _generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def _weight(rows=64, columns=96, seed=0):
+    return torch.randn(rows, columns, generator=_generator(seed))
+
+
+def _weights(rows=64, columns=96):
+    return torch.rand(rows, generator=_generator(8)) + 0.05, torch.rand(columns, generator=_generator(9)) + 0.05
+
+
+def _dense(quantized, fmt=FORMAT):
+    scale = scales(quantized.scale_codes, quantized.scale_max, quantized.scale_offset, fmt)
+    return dequantize(quantized.codes, scale, fmt.bits)
+
+
+@pytest.mark.parametrize("factor_dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_loss_is_that_of_what_is_returned(factor_dtype, weighted):
+    weight = _weight()
+    rows, columns = _weights() if weighted else (None, None)
+    result = decompose(
+        weight,
+        FORMAT,
+        8,
+        generator=_generator(),
+        row_weight=rows,
+        column_weight=columns,
+        factor_dtype=factor_dtype,
+    )
+    assert result.left.dtype == result.right.dtype == factor_dtype
+    error = weight - result.left.float() @ result.right.float() - _dense(result.quantized)
+    ones = torch.ones(64), torch.ones(96)
+    expected = reference.weighted_loss(error, *((rows, columns) if weighted else ones))
+    assert result.loss == pytest.approx(expected, rel=1e-5)
+
+
+def test_returns_the_best_iterate():
+    result = decompose(_weight(), FORMAT, 8, generator=_generator(), max_iterations=40)
+    assert len(result.losses) > 1
+    assert result.loss == min(result.losses) == result.losses[result.best]
+
+
+@pytest.mark.parametrize("patience", [1, 2, 3])
+def test_stops_after_patience_iterations_without_improvement(patience):
+    result = decompose(_weight(), BlockFormat(2, 32), 4, generator=_generator(), max_iterations=200, patience=patience)
+    assert len(result.losses) < 200
+    assert len(result.losses) == result.best + 1 + patience
+    # No earlier run of `patience` iterations failed to improve on the best so far.
+    stale, best = 0, float("inf")
+    for loss in result.losses[:-1]:
+        stale, best = (0, loss) if loss < best else (stale + 1, best)
+        assert stale < patience
+
+
+def test_iterations_are_capped():
+    assert len(decompose(_weight(), FORMAT, 8, generator=_generator(), max_iterations=3, patience=9).losses) == 3
+
+
+def test_rank_zero_is_plain_quantisation():
+    weight = _weight()
+    result = decompose(weight, FORMAT, 0, generator=_generator())
+    assert torch.equal(result.quantized.codes, quantize(weight, FORMAT).codes)
+    assert len(result.losses) == 1
+    assert (result.left.shape, result.right.shape) == ((64, 0), (0, 96))
+
+
+def test_factors_are_rounded_before_quantising():
+    weight = _weight()
+    result = decompose(weight, FORMAT, 8, generator=_generator(), max_iterations=1)
+    residual = weight - result.left.float() @ result.right.float()
+    assert torch.equal(result.quantized.codes, quantize(residual, FORMAT).codes)
+
+
+def test_first_factors_replace_the_first_fit():
+    weight = _weight()
+    first = svd_lowrank(weight, 8, generator=_generator(5), exact=True)
+    result = decompose(weight, FORMAT, 8, generator=_generator(), first=first, max_iterations=1)
+    assert torch.equal(result.left, first[0].bfloat16())
+    # The second fit is then the first draw of the generator.
+    two = decompose(weight, FORMAT, 8, generator=_generator(), first=first, max_iterations=2)
+    left, _ = svd_lowrank(weight - _dense(result.quantized), 8, generator=_generator())
+    assert two.best == 1
+    assert torch.equal(two.left, left.bfloat16())
+
+
+def test_same_seed_same_bits():
+    one, two = (decompose(_weight(), FORMAT, 8, generator=_generator(4)) for _ in range(2))
+    assert one.losses == two.losses
+    assert torch.equal(one.left, two.left)
+    assert torch.equal(one.right, two.right)
+    assert torch.equal(one.quantized.codes, two.quantized.codes)
+
+
+def test_weighting_pays_in_its_own_metric():
+    weight, (rows, columns) = _weight(), _weights()
+    weighted = decompose(weight, FORMAT, 8, generator=_generator(), row_weight=rows, column_weight=columns)
+    plain = decompose(weight, FORMAT, 8, generator=_generator())
+    error = weight - plain.left.float() @ plain.right.float() - _dense(plain.quantized)
+    assert weighted.loss < weighted_loss(error, rows, columns)
+
+
+def test_input_is_left_alone():
+    weight = _weight()
+    kept = weight.clone()
+    decompose(weight, FORMAT, 8, generator=_generator(), max_iterations=2)
+    assert torch.equal(weight, kept)
+
+
+@pytest.mark.parametrize("shape", [(5, 7), (3000, 200)])
+def test_weighted_loss_equals_the_reference(shape):
+    error = _weight(*shape)
+    rows, columns = _weights(*shape)
+    assert weighted_loss(error, rows, columns) == pytest.approx(
+        reference.weighted_loss(error, rows, columns), rel=1e-12
+    )
+    assert weighted_loss(error, rows) == pytest.approx(reference.weighted_loss(error, rows, torch.ones(shape[1])))
+    assert weighted_loss(error) == pytest.approx(error.double().square().sum().item(), rel=1e-12)
+
+
+def test_bad_requests_are_refused():
+    weight, generator = _weight(), _generator()
+    with pytest.raises(QuantError, match="max_iterations"):
+        decompose(weight, FORMAT, 8, generator=generator, max_iterations=0)
+    with pytest.raises(QuantError, match="patience"):
+        decompose(weight, FORMAT, 8, generator=generator, patience=0)
+    with pytest.raises(ShapeError, match="rank 65"):
+        decompose(weight, FORMAT, 65, generator=generator)
+    with pytest.raises(ShapeError, match="first factors"):
+        decompose(weight, FORMAT, 8, generator=generator, first=(weight[:, :8], weight[:7]))
+    with pytest.raises(ShapeError, match="blocks of 64"):
+        decompose(weight, BlockFormat(3, 64), 8, generator=generator)
+    with pytest.raises(ShapeError, match="do not fit"):
+        weighted_loss(weight, torch.ones(1), torch.ones(96))
+    weight[0, 0] = float("nan")
+    with pytest.raises(NonFiniteError, match="NaN"):
+        decompose(weight, FORMAT, 8, generator=generator)
