@@ -1,0 +1,162 @@
+"""One L4Q training step of a [1536, 576] layer on 512 tokens, beside plain autograd and beside PEFT's LoRA.
+
+    python benchmarks/l4q_step.py [--short] [--json FILE]
+
+Each row is {measure, ours, peer, ratio, bar, holds, spread}: medians of paired runs (ours and the peer take
+turns, so load on the machine meets both); ratio and spread are the median and the quartile distance of the
+ratios of the pairs. Seconds are wall time of forward + backward. Saved bytes are the distinct storages that
+autograd keeps, weights and input included. A bar is the largest ratio that is accepted.
+"""
+
+import argparse
+import gc
+import json
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from quant import grid
+from quant.blockwise import BlockFormat, quantize
+from quant.fakequant import L4QLinear
+from quant.linear import PackedLinear
+from quant.pack import pack
+
+OUT, IN, TOKENS, RANK, BITS, GROUP = 1536, 576, 512, 16, 4, 64
+
+Step = Callable[[], None]
+
+
+class PlainL4Q(nn.Module):
+    """The same function written with autograd operations: every intermediate of the weight is kept."""
+
+    def __init__(self, twin: L4QLinear) -> None:
+        super().__init__()
+        self.twin = twin
+
+    def forward(self, x: Tensor) -> Tensor:
+        t = self.twin
+        merged = t.weight + t.alpha * (t.lora_b @ t.lora_a)
+        real = merged.view(*t.scale.shape, -1) / t.scale.unsqueeze(-1)
+        clamped = real.clamp(*grid.bounds(t.bits))
+        codes = clamped + (clamped.round() - clamped).detach()
+        return x @ (codes * t.scale.unsqueeze(-1)).view_as(merged).t()
+
+
+def packed(weight: Tensor, bits: int) -> PackedLinear:
+    fmt = BlockFormat(bits, 64)
+    layer = PackedLinear(in_features=IN, out_features=OUT, fmt=fmt, rank=32, transposed=False, bias=False)
+    found = quantize(weight, fmt)
+    layer.codes.copy_(pack(found.codes, bits))
+    for name in ("scale_codes", "scale_max", "scale_offset"):
+        getattr(layer, name).copy_(getattr(found, name))
+    return layer
+
+
+def step(module: nn.Module, x: Tensor, grad_y: Tensor) -> Step:
+    def run() -> None:
+        module.zero_grad()
+        module(x).backward(grad_y)
+
+    return run
+
+
+def saved_bytes(module: nn.Module, x: Tensor) -> int:
+    """Bytes of the distinct storages that one forward saves for backward."""
+    saved: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = module(x)
+    del output
+    return sum(saved.values())
+
+
+def paired(measure: str, ours: Step, peer: Step, bar: float | None, repeats: int) -> dict[str, object]:
+    """Row of times; ``bar`` is the largest accepted ratio ours / peer."""
+    for warm in (ours, peer, ours, peer):
+        warm()
+    times: tuple[list[float], list[float]] = ([], [])
+    for index in range(repeats):
+        order = ((0, ours), (1, peer)) if index % 2 == 0 else ((1, peer), (0, ours))
+        for slot, run in order:
+            start = time.perf_counter()
+            run()
+            times[slot].append(time.perf_counter() - start)
+    ratios = [a / b for a, b in zip(*times, strict=True)]
+    quartiles = statistics.quantiles(ratios, n=4)
+    row = result(measure, statistics.median(times[0]), statistics.median(times[1]), bar)
+    row |= {"ratio": statistics.median(ratios), "spread": quartiles[2] - quartiles[0]}
+    row["holds"] = None if bar is None else statistics.median(ratios) <= bar
+    return row
+
+
+def result(measure: str, ours: float, peer: float, bar: float | None) -> dict[str, object]:
+    ratio = ours / peer
+    holds = None if bar is None else ratio <= bar
+    return {
+        "measure": measure,
+        "ours": ours,
+        "peer": peer,
+        "ratio": ratio,
+        "bar": bar,
+        "holds": holds,
+        "spread": 0.0,
+    }
+
+
+def rows(repeats: int) -> list[dict[str, object]]:
+    from peft import LoraConfig, inject_adapter_in_model
+
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(TOKENS, IN, generator=generator, requires_grad=True)
+    grad_y = torch.randn(TOKENS, OUT, generator=generator)
+    linear = nn.Linear(IN, OUT, bias=False).requires_grad_(False)
+    weight = linear.weight.detach().clone()
+    ours = L4QLinear(weight, None, bits=BITS, group_size=GROUP, rank=RANK, alpha=2.0, generator=generator)
+    plain = PlainL4Q(ours)
+    torch.testing.assert_close(plain(x), ours(x), rtol=1e-4, atol=1e-4)
+    config = LoraConfig(r=RANK, lora_alpha=2 * RANK, lora_dropout=0.0, target_modules=["0"])
+    lora = inject_adapter_in_model(config, nn.Sequential(linear))
+    found = [
+        paired("L4Q step seconds / PEFT LoRA", step(ours, x, grad_y), step(lora, x, grad_y), 1.6, repeats),
+        paired("L4Q step seconds / plain autograd", step(ours, x, grad_y), step(plain, x, grad_y), 1.0, repeats),
+        result("L4Q saved bytes / PEFT LoRA", saved_bytes(ours, x), saved_bytes(lora, x), 1.1),
+        result("L4Q saved bytes / plain autograd", saved_bytes(ours, x), saved_bytes(plain, x), 0.5),
+    ]
+    frozen = nn.Linear(IN, OUT, bias=False).requires_grad_(False)
+    for bits in (3, 4):
+        name = f"PackedLinear {bits}-bit rank 32 step seconds / frozen nn.Linear"
+        run = step(packed(weight, bits), x, grad_y)
+        found.append(paired(name, run, step(frozen, x, grad_y), None, repeats))
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--short", action="store_true", help="fewer repeats")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows as JSON")
+    arguments = parser.parse_args()
+    warnings.filterwarnings("ignore", category=UserWarning, module="peft")
+    gc.disable()
+    found = rows(repeats=9 if arguments.short else 41)
+    for row in found:
+        verdict = {True: "holds", False: "DOES NOT HOLD", None: "no bar"}[row["holds"]]  # type: ignore[index]
+        print(
+            f"{row['measure']:<62} ours {row['ours']:.4g}  peer {row['peer']:.4g}  ratio {row['ratio']:.2f}"
+            f" +- {row['spread']:.2f}  bar {row['bar']}  {verdict}"
+        )
+    if arguments.json:
+        arguments.json.write_text(json.dumps(found, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,279 @@
+"""L4Q: add the LoRA product to the frozen weight, fake-quantise the sum, train factors and steps together.
+
+``W_q = dequantize(quantize(W0 + alpha * B @ A))`` and ``Y = X @ W_q^T``. Order is the method: merge, then
+quantise; nothing of A or B is applied to activations, so inference is one integer matrix. Gradients are
+straight-through with the clipping mask taken on the unrounded code.
+
+Source: L4Q, arXiv 2402.04902 (ACL 2025), section 3. The paper's s is ``scale``, its b is ``offset``.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from quant import grid
+from quant.exceptions import QuantError, ShapeError
+from quant.rebuild import autocast_input, check_input, row_chunks, without_autocast
+
+MIN_TRAINED_STEP = 6.2e-5
+"""Absolute floor of a trained step: just above the smallest normal fp16, in which checkpoints store steps.
+
+A step below it would lose precision when written and, at zero or less, would flip or divide by zero.
+"""
+
+
+def _merge(weight: Tensor, lora_a: Tensor, lora_b: Tensor, alpha: float, rows: slice, dtype: torch.dtype) -> Tensor:
+    """Rows of ``W0 + alpha * B @ A`` in ``dtype``, [rows, in]."""
+    return torch.addmm(weight[rows].to(dtype), lora_b[rows].to(dtype), lora_a.to(dtype), alpha=alpha)
+
+
+def _rows(tensor: Tensor | None, rows: slice) -> Tensor | None:
+    return None if tensor is None else tensor[rows]
+
+
+class L4QFunction(torch.autograd.Function):
+    """``Y = X @ W_q^T`` that keeps X and references to its operands, and nothing of size [out, in].
+
+    Forward and backward rebuild the weight in row chunks, in fp32 (fp64 when the steps are fp64); the
+    products with activations run in X's dtype. Call it through ``l4q_linear``.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        lora_a: Tensor,
+        lora_b: Tensor,
+        scale: Tensor,
+        offset: Tensor | None,
+        alpha: float,
+        bits: int,
+        row_chunk: int | None,
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight, lora_a, lora_b, scale, offset)
+        ctx.alpha, ctx.bits, ctx.row_chunk = alpha, bits, row_chunk
+        rows_total, columns = weight.shape
+        y = x.new_empty(*x.shape[:-1], rows_total)
+        flat_x, flat_y = x.reshape(-1, columns), y.view(-1, rows_total)
+        with without_autocast(x):
+            for rows in row_chunks(rows_total, columns, row_chunk):
+                merged = _merge(weight, lora_a, lora_b, alpha, rows, scale.dtype)
+                codes = grid.round_codes(grid.normalise(merged, scale[rows], _rows(offset, rows)), bits)
+                w_q = grid.dequantize(codes.view_as(merged), scale[rows], _rows(offset, rows))
+                flat_y[:, rows] = flat_x @ w_q.to(x.dtype).t()
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, lora_a, lora_b, scale, offset = ctx.saved_tensors
+        alpha, bits, dtype = ctx.alpha, ctx.bits, scale.dtype
+        rows_total, columns = weight.shape
+        flat_x, flat_grad = x.reshape(-1, columns), grad_y.reshape(-1, rows_total)
+        grad_x = torch.zeros_like(flat_x, dtype=dtype) if ctx.needs_input_grad[0] else None
+        grad_a, grad_b = torch.zeros_like(lora_a, dtype=dtype), torch.empty_like(lora_b, dtype=dtype)
+        grad_scale = torch.empty_like(scale)
+        grad_offset = None if offset is None else torch.empty_like(offset)
+        with without_autocast(x):
+            for rows in row_chunks(rows_total, columns, ctx.row_chunk):
+                merged = _merge(weight, lora_a, lora_b, alpha, rows, dtype)
+                real = grid.normalise(merged, scale[rows], _rows(offset, rows))
+                codes = grid.round_codes(real, bits)
+                kept = grid.in_range(real, bits).to(dtype)
+                if grad_x is not None:
+                    w_q = grid.dequantize(codes.view_as(merged), scale[rows], _rows(offset, rows))
+                    grad_x += flat_grad[:, rows] @ w_q.to(x.dtype)
+                grad_w = (flat_grad[:, rows].t() @ flat_x).to(dtype).view_as(real)
+                # d W_q / d scale is q - w in range and q (QN or QP) where clipped.
+                residual = codes.sub_(real.mul_(kept))
+                grad_scale[rows] = residual.mul_(grad_w).sum(-1)
+                if grad_offset is not None:
+                    grad_offset[rows] = (grad_w * (1 - kept)).sum(-1)
+                grad_merged = grad_w.mul_(kept).view_as(merged)
+                torch.mm(grad_merged, lora_a.to(dtype).t(), out=grad_b[rows])
+                grad_a.addmm_(lora_b[rows].to(dtype).t(), grad_merged)
+        return (
+            None if grad_x is None else grad_x.to(x.dtype).view_as(x),
+            None,
+            grad_a.mul_(alpha).to(lora_a.dtype),
+            grad_b.mul_(alpha).to(lora_b.dtype),
+            grad_scale,
+            grad_offset,
+            *(None, None, None),
+        )
+
+
+def l4q_linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scale: Tensor,
+    offset: Tensor | None,
+    *,
+    alpha: float,
+    bits: int,
+    group_size: int,
+    bias: Tensor | None = None,
+    row_chunk: int | None = None,
+) -> Tensor:
+    """Linear map with the fake-quantised sum ``W0 + alpha * B @ A``.
+
+    Args:
+        x: [..., in]; its dtype is the compute dtype of the products with activations.
+        weight: [out, in], frozen, any float dtype.
+        lora_a: [rank, in]. lora_b: [out, rank]. ``alpha`` multiplies ``B @ A`` as is, any 1/rank folded in.
+        scale: [out, in // group_size], fp32 or fp64, positive. offset: like scale, or None for a frozen 0.
+        row_chunk: weight rows rebuilt at once; default about 2**20 weights.
+
+    Returns:
+        [..., out] in x's dtype (autocast's dtype under autocast).
+
+    Raises:
+        ShapeError: an operand does not fit. QuantError: scale is not fp32 or fp64.
+
+    Peak bytes beyond the result: forward 18 x row_chunk x in, backward 36 x row_chunk x in plus an fp32
+    gradient of x. FLOPs: 6 x tokens x out x in, like full fine-tuning and 1.5 x LoRA.
+    """
+    rows, columns = weight.shape
+    check_input(x, columns)
+    groups = grid.group_count(columns, group_size)
+    expected = {"lora_a": (lora_a, (lora_b.shape[-1], columns)), "lora_b": (lora_b, (rows, lora_a.shape[0]))}
+    expected["scale"] = (scale, (rows, groups))
+    if offset is not None:
+        expected["offset"] = (offset, (rows, groups))
+    for name, (tensor, shape) in expected.items():
+        if tuple(tensor.shape) != shape:
+            raise ShapeError(f"{name} must be {shape} for a weight {(rows, columns)}, found {tuple(tensor.shape)}")
+    if scale.dtype not in (torch.float32, torch.float64):
+        raise QuantError(f"steps train in fp32 (bf16 loses the updates); found scale in {scale.dtype}")
+    x = autocast_input(x)
+    y: Tensor = L4QFunction.apply(  # type: ignore[no-untyped-call]
+        x, weight, lora_a, lora_b, scale, offset, alpha, bits, row_chunk
+    )
+    return y if bias is None else y + bias.to(y.dtype)
+
+
+class L4QLinear(nn.Module):
+    """A linear layer trained with L4Q: frozen weight and bias, trainable factors and steps (and offsets).
+
+    Trainable values: ``rank * (in + out) + out * in / group_size``, twice the last term with
+    ``train_offset``. All are fp32 masters whatever the weight's dtype: near a step of 0.008 the bf16 spacing
+    is 6e-5, larger than an update.
+
+    Args:
+        weight: [out, in], any float dtype; kept by reference, never copied, never trained.
+        bias: [out] or None, frozen.
+        rank, alpha: rank of the factors; ``alpha`` multiplies ``B @ A`` as is (pass ``lora_alpha / rank`` for
+            the LoRA convention).
+        generator: draws ``lora_a``, Kaiming-uniform with a = sqrt(5); unused with a warm start.
+        train_offset: train a real offset per group; otherwise the offset is a frozen 0 (symmetric export).
+        init: step initialisation, see ``quant.grid.init_step``.
+        warm_start: ``(A [rank, in], B [out, rank])`` copied into the factors, replacing ``rank`` by theirs.
+            Initial steps are then chosen for ``W0 + alpha * B @ A``, the matrix that is quantised at step 0,
+            not for W0.
+        row_chunk: see ``l4q_linear``; a fixed value for the life of the layer keeps every rebuild bitwise
+            equal.
+
+    Raises:
+        ShapeError, NonFiniteError, QuantError: as in ``l4q_linear`` and ``grid.init_step``.
+
+    Peak bytes of construction: about 5 x out x in in fp32 (8 x with "mse").
+    """
+
+    offset: Tensor | None
+
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        *,
+        bits: int,
+        group_size: int,
+        rank: int,
+        alpha: float,
+        generator: torch.Generator,
+        train_offset: bool = False,
+        init: grid.StepMethod = "l4q",
+        warm_start: tuple[Tensor, Tensor] | None = None,
+        row_chunk: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.bits, self.group_size, self.alpha, self.row_chunk = bits, group_size, alpha, row_chunk
+        self.weight = nn.Parameter(weight.detach(), requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        lora_a, lora_b = warm_start or _fresh_factors(weight, rank, generator)
+        self.rank = lora_a.shape[0]
+        if lora_a.shape != (self.rank, self.in_features) or lora_b.shape != (self.out_features, self.rank):
+            raise ShapeError(
+                f"warm start must be ([rank, {self.in_features}], [{self.out_features}, rank]), "
+                f"found {tuple(lora_a.shape)} and {tuple(lora_b.shape)}"
+            )
+        self.lora_a = nn.Parameter(lora_a.detach().to(weight.device, torch.float32, copy=True))
+        self.lora_b = nn.Parameter(lora_b.detach().to(weight.device, torch.float32, copy=True))
+        every_row = slice(0, self.out_features)
+        with torch.no_grad():
+            merged = _merge(self.weight, self.lora_a, self.lora_b, alpha, every_row, torch.float32)
+        self.scale = nn.Parameter(grid.init_step(merged, bits, group_size, method=init))
+        self.offset = nn.Parameter(torch.zeros_like(self.scale)) if train_offset else None
+        self.clamp_steps_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in] -> [..., out] with the fake-quantised weight; see ``l4q_linear``."""
+        return l4q_linear(
+            x,
+            self.weight,
+            self.lora_a,
+            self.lora_b,
+            self.scale,
+            self.offset,
+            alpha=self.alpha,
+            bits=self.bits,
+            group_size=self.group_size,
+            bias=self.bias,
+            row_chunk=self.row_chunk,
+        )
+
+    @torch.no_grad()
+    def clamp_steps_(self) -> None:
+        """Raise every step below ``MIN_TRAINED_STEP`` to it; call after each optimiser step."""
+        self.scale.clamp_(min=MIN_TRAINED_STEP)
+
+    @torch.no_grad()
+    def quantized(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The integers forward uses now, bit for bit: codes int8 [out, in], scale, offset or None (copies).
+
+        Peak bytes beyond the codes: 15 x row_chunk x in.
+        """
+        codes = torch.empty(self.weight.shape, dtype=torch.int8, device=self.weight.device)
+        with without_autocast(codes):
+            for rows in row_chunks(self.out_features, self.in_features, self.row_chunk):
+                merged = _merge(self.weight, self.lora_a, self.lora_b, self.alpha, rows, self.scale.dtype)
+                codes[rows] = grid.quantize(merged, self.scale[rows], _rows(self.offset, rows), self.bits)[0]
+        offset = None if self.offset is None else self.offset.detach().clone()
+        return codes, self.scale.detach().clone(), offset
+
+    @torch.no_grad()
+    def dequantized(self) -> Tensor:
+        """The weight forward uses now, fp32 [out, in], bitwise. Peak bytes: 5 x out x in with the result."""
+        return grid.dequantize(*self.quantized())
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}, "
+            f"group_size={self.group_size}, rank={self.rank}, alpha={self.alpha}"
+        )
+
+
+def _fresh_factors(weight: Tensor, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """LoRA's start: A Kaiming-uniform(a=sqrt 5), drawn where the generator lives, B zeros."""
+    if rank < 1:
+        raise ShapeError(f"rank must be at least 1, found {rank}")
+    lora_a = torch.empty(rank, weight.shape[1], dtype=torch.float32, device=generator.device)
+    nn.init.kaiming_uniform_(lora_a, a=math.sqrt(5), generator=generator)
+    return lora_a, weight.new_zeros(weight.shape[0], rank)

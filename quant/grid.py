@@ -1,0 +1,182 @@
+"""The one definition of a group-wise integer grid: step, round, clamp, dequantise.
+
+Training (``quant.fakequant``) and export read the same functions, so the integers a layer trains with are the
+integers that are shipped. A group is ``group_size`` consecutive weights of one output row; code ``q`` of a
+group with step ``scale`` and real offset ``offset`` stands for the weight ``q * scale + offset``.
+
+Source: L4Q, arXiv 2402.04902 (ACL 2025), section 3 and the initialisation table.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from quant.exceptions import NonFiniteError, QuantError, ShapeError
+
+MIN_STEP = 1e-8
+"""Floor of an initial step; an all-zero group would otherwise divide by zero."""
+
+TIE_TOLERANCE = 1e-4
+"""Slack of the in-range test, in units of one step.
+
+``max(W) / (max(W) / QP)`` rounds to a value just above QP in some groups (up to 8e-6 at 8 bits in fp32).
+Without the slack those extremes would count as clipped at step 0.
+"""
+
+StepMethod = Literal["l4q", "symmetric", "mse"]
+
+_SHRINK_FACTORS = tuple(1.0 - 0.025 * k for k in range(29))
+
+
+def bounds(bits: int) -> tuple[int, int]:
+    """Smallest and largest signed code, ``(QN, QP) = (-2**(bits-1), 2**(bits-1) - 1)``.
+
+    Raises:
+        QuantError: ``bits`` is outside 2..8.
+    """
+    if not 2 <= bits <= 8:
+        raise QuantError(f"a grid has 2 to 8 bits, found bits={bits}")
+    half = 1 << (bits - 1)
+    return -half, half - 1
+
+
+def group_count(columns: int, group_size: int) -> int:
+    """Number of groups in one row of ``columns`` weights.
+
+    Raises:
+        ShapeError: ``group_size`` is not positive or does not divide ``columns``.
+    """
+    if group_size < 1 or columns % group_size:
+        raise ShapeError(f"group_size must divide the input size: found group_size={group_size}, in={columns}")
+    return columns // group_size
+
+
+def init_step(weight: Tensor, bits: int, group_size: int, *, method: StepMethod = "l4q") -> Tensor:
+    """Initial step of every group, with the offset at 0.
+
+    ``"l4q"`` covers the whole range, ``max(|min W / QN|, |max W / QP|)``, so nothing clips. ``"symmetric"``
+    is ``max |W| / 2**(bits-1)``. ``"mse"`` shrinks the l4q step by the factor in 0.3..1.0 with the smallest
+    squared error. At 2 bits the l4q step rounds nearly everything to 0 (L4Q reports no 2-bit result); use
+    ``"mse"`` there.
+
+    Args:
+        weight: [out, in], float; half precision is computed in fp32, fp64 stays fp64.
+
+    Returns:
+        scale, [out, in // group_size], fp32 (fp64 for fp64 weights), at least ``MIN_STEP``.
+
+    Raises:
+        QuantError: unknown method or bits. ShapeError: ``in % group_size != 0`` or not a matrix.
+        NonFiniteError: the weight holds inf or NaN.
+
+    Peak bytes beyond weight and result: 1 x weight; "mse" 4 x weight (fp32).
+    """
+    low, high = bounds(bits)
+    if weight.dim() != 2:
+        raise ShapeError(f"weight must be [out, in], found shape {tuple(weight.shape)}")
+    groups = group_count(weight.shape[1], group_size)
+    weight = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
+    smallest, largest = weight.reshape(weight.shape[0], groups, group_size).aminmax(dim=-1)
+    if not bool((torch.isfinite(smallest) & torch.isfinite(largest)).all()):
+        raise NonFiniteError("weight holds inf or NaN; a step can only be chosen for finite weights")
+    if method == "symmetric":
+        return (torch.maximum(-smallest, largest) / -low).clamp_(min=MIN_STEP)
+    if method not in ("l4q", "mse"):
+        raise QuantError(f'method must be "l4q", "symmetric" or "mse", found {method!r}')
+    step = torch.maximum((smallest / low).abs(), (largest / high).abs()).clamp_(min=MIN_STEP)
+    return step if method == "l4q" else _search_step(weight, step, bits)
+
+
+def _search_step(weight: Tensor, step: Tensor, bits: int) -> Tensor:
+    best_step, best_error = step, torch.full_like(step, float("inf"))
+    for factor in _SHRINK_FACTORS:
+        candidate = (step * factor).clamp_(min=MIN_STEP)
+        rebuilt = dequantize(quantize(weight, candidate, None, bits)[0], candidate, None)
+        error = (rebuilt - weight).square_().reshape(*step.shape, -1).sum(dim=-1)
+        better = error < best_error
+        best_step = torch.where(better, candidate, best_step)
+        best_error = torch.where(better, error, best_error)
+    return best_step
+
+
+def normalise(weight: Tensor, scale: Tensor, offset: Tensor | None) -> Tensor:
+    """The real-valued code ``(weight - offset) / scale`` before clamping and rounding.
+
+    Args:
+        weight: [out, in]. scale, offset: [out, groups] with ``in % groups == 0``; ``offset=None`` is 0.
+
+    Returns:
+        [out, groups, in // groups], a fresh tensor in the promoted dtype. Peak bytes: the result.
+    """
+    grouped = weight.reshape(*scale.shape, -1)
+    if offset is None:
+        return grouped / scale.unsqueeze(-1)
+    return (grouped - offset.unsqueeze(-1)).div_(scale.unsqueeze(-1))
+
+
+def in_range(normalised: Tensor, bits: int) -> Tensor:
+    """Bool mask of the unrounded codes inside [QN, QP] (inclusive, with ``TIE_TOLERANCE``); same shape."""
+    low, high = bounds(bits)
+    return (normalised >= low - TIE_TOLERANCE) & (normalised <= high + TIE_TOLERANCE)
+
+
+def round_codes(normalised: Tensor, bits: int) -> Tensor:
+    """Clamp to [QN, QP] and round half to even; same shape and dtype, integer values."""
+    # Adding 0 turns -0.0 into the +0.0 that an int8 code rebuilds, so both rebuild the same weight bit for
+    # bit.
+    return normalised.clamp(*bounds(bits)).round_().add_(0.0)
+
+
+def quantize(weight: Tensor, scale: Tensor, offset: Tensor | None, bits: int) -> tuple[Tensor, Tensor]:
+    """Integer codes of a weight and the mask of those that were not clipped.
+
+    The mask is taken on the *unrounded* code: a value in (QP, QP + 0.5] rounds to QP but is out of range.
+
+    Args:
+        weight: [out, in] fp32 (or fp64). scale: [out, in // group_size], positive. offset: like scale, or
+            None for 0.
+
+    Returns:
+        codes int8 [out, in] in [QN, QP] and in_range bool [out, in].
+
+    Raises:
+        QuantError: bits. ShapeError: scale or offset does not fit the weight.
+
+    Peak bytes: 2 x weight (fp32) beyond weight and results.
+    """
+    _check_grid(weight, scale, offset)
+    normalised = normalise(weight, scale, offset)
+    codes = round_codes(normalised, bits).to(torch.int8)
+    return codes.view_as(weight), in_range(normalised, bits).view_as(weight)
+
+
+def dequantize(codes: Tensor, scale: Tensor, offset: Tensor | None) -> Tensor:
+    """Weights ``codes * scale + offset``.
+
+    Args:
+        codes: [out, in] int8 (or the same integers as floats). scale: [out, in // group_size]. offset: like
+            scale; None is a frozen 0.
+
+    Returns:
+        [out, in] in scale's dtype (fp32). Peak bytes: the result.
+
+    Raises:
+        ShapeError: scale or offset does not fit the codes.
+    """
+    _check_grid(codes, scale, offset)
+    grouped = codes.reshape(*scale.shape, -1) * scale.unsqueeze(-1)
+    if offset is not None:
+        grouped += offset.unsqueeze(-1)
+    return grouped.view_as(codes)
+
+
+def _check_grid(matrix: Tensor, scale: Tensor, offset: Tensor | None) -> None:
+    rows_match = matrix.dim() == 2 and scale.dim() == 2 and scale.shape[0] == matrix.shape[0]
+    if not rows_match or not scale.shape[1] or matrix.shape[1] % scale.shape[1]:
+        raise ShapeError(
+            f"scale must be [out, groups] with groups dividing in: found scale {tuple(scale.shape)} "
+            f"for a matrix {tuple(matrix.shape)}"
+        )
+    if offset is not None and offset.shape != scale.shape:
+        raise ShapeError(f"offset must have scale's shape {tuple(scale.shape)}, found {tuple(offset.shape)}")
