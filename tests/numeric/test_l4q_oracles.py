@@ -62,7 +62,10 @@ def ours(weight, bits, group, alpha=0.7, row_chunk=None):
     def call(t):
         return l4q_linear(
             *(t["x"], weight, t["lora_a"], t["lora_b"], t["scale"], t.get("offset")),
-            **{"alpha": alpha, "bits": bits, "group_size": group, "row_chunk": row_chunk},
+            alpha=alpha,
+            bits=bits,
+            group_size=group,
+            row_chunk=row_chunk,
         )
 
     return call
