@@ -112,9 +112,7 @@ def _data(node: yaml.Node, path: Path, lines: dict[Path, int]) -> Any:
             return int(node.value)
         case "float":
             return float(node.value)
-    raise yaml.MarkedYAMLError(
-        problem=f"tags are not supported, found {node.tag}", problem_mark=node.start_mark
-    )
+    raise yaml.MarkedYAMLError(problem=f"tags are not supported, found {node.tag}", problem_mark=node.start_mark)
 
 
 def _mapping(node: yaml.MappingNode, path: Path, lines: dict[Path, int]) -> dict[str, Any]:

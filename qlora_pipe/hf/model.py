@@ -13,6 +13,9 @@ from qlora_pipe.architectures import Architecture
 from qlora_pipe.errors import DeviceError, SourceError
 from qlora_pipe.hf.source import quiet
 
+Model = PreTrainedModel
+"""The type of every model of the chain."""
+
 LinearOf = Callable[[int, str, str], nn.Module]
 """(layer, role, module name) to the module that takes its place."""
 

@@ -31,8 +31,8 @@ def run(context: Context) -> None:
         total = known.architecture.linear_weights()
         raise BudgetError(
             f"decompose.budget {config.decompose.budget} leaves {budget} bytes for the linear maps; {error}. "
-            f"The smallest that works is {8 * error.minimum / total:.4f} bits per weight: raise the budget, or offer fewer bits, "
-            "larger blocks or smaller ranks"
+            f"The smallest that works is {8 * error.minimum / total:.4f} bits per weight: raise the budget, or offer "
+            "fewer bits, larger blocks or smaller ranks"
         ) from error
     check(problem, solution)
     chosen = {

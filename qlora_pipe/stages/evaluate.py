@@ -4,11 +4,10 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from transformers import PreTrainedModel
-
 from qlora_pipe import datasets, layouts
 from qlora_pipe.artifacts.headers import read_folder
 from qlora_pipe.hf.loss import score
+from qlora_pipe.hf.model import Model
 from qlora_pipe.hf.tokens import Row, load_tokenizer, rows, take
 from qlora_pipe.stages.base import Context, Stage, computing
 from qlora_pipe.stages.models import base_model, decomposed_model, integer_model, pruned_model, with_adapter
@@ -58,7 +57,7 @@ def _texts(context: Context) -> dict[str, list[Row]]:
     return texts
 
 
-def _models(context: Context) -> Iterator[tuple[str, PreTrainedModel]]:
+def _models(context: Context) -> Iterator[tuple[str, Model]]:
     """The models of the chain, one alive at a time."""
     yield "base", base_model(context)
     yield "decomposed", decomposed_model(context)

@@ -5,13 +5,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
+from prune.groups import PRUNED_AXIS
 from prune.slice import slice_bias, slice_rows_or_columns
 from qlora_pipe import layouts
 from qlora_pipe.architectures import Architecture
 from qlora_pipe.artifacts.tensors import TensorReader
-from qlora_pipe.hf.model import AdaptedLinear, build, dense_linear, load_config
+from qlora_pipe.hf.model import AdaptedLinear, Model, build, dense_linear, load_config
 from qlora_pipe.stages.base import Context
 from qlora_pipe.stages.packing import read_packed
 from quant.fakequant import L4QLinear
@@ -26,7 +26,7 @@ Make = Callable[[str, Tensor, Tensor | None], nn.Module]
 """(name, weight, bias) to a linear map."""
 
 
-def base_model(context: Context, wrap: Wrap | None = None) -> PreTrainedModel:
+def base_model(context: Context, wrap: Wrap | None = None) -> Model:
     """The original model, dense. Peak bytes: its weights in the compute dtype."""
     reader, architecture = context.base_reader, context.known.architecture
 
@@ -37,17 +37,17 @@ def base_model(context: Context, wrap: Wrap | None = None) -> PreTrainedModel:
     return _build(context, architecture, linear, reader, wrap)
 
 
-def decomposed_model(context: Context, wrap: Wrap | None = None) -> PreTrainedModel:
+def decomposed_model(context: Context, wrap: Wrap | None = None) -> Model:
     """The full model with weights Q + L1 L2, made dense layer by layer. Peak bytes: the dense model."""
     return _from_packed(context, "decompose", context.known.architecture, wrap, dense=True)
 
 
-def pruned_model(context: Context, wrap: Wrap | None = None, *, dense: bool = True) -> PreTrainedModel:
+def pruned_model(context: Context, wrap: Wrap | None = None, *, dense: bool = True) -> Model:
     """The small model with weights Q + L1 L2. Peak bytes: the small model, dense or packed."""
     return _from_packed(context, "prune", context.known.small, wrap, dense=dense)
 
 
-def integer_model(context: Context, reader: TensorReader) -> PreTrainedModel:
+def integer_model(context: Context, reader: TensorReader) -> Model:
     """The trained L4Q model from its stored integers, made dense. Peak bytes: the small dense model."""
     small = context.known.small
 
@@ -66,7 +66,7 @@ def integer_weight(context: Context, reader: TensorReader, name: str) -> Tensor:
     return dequantize(codes.to(torch.int16) - (1 << (bits - 1)), scale, None)
 
 
-def sliced_base_model(context: Context, make: Make, wrap: Wrap | None = None) -> PreTrainedModel:
+def sliced_base_model(context: Context, make: Make, wrap: Wrap | None = None) -> Model:
     """The original weights with pruned groups cut out; `make` turns (name, weight, bias) into a module.
 
     Peak bytes: the small model in the compute dtype, and one full matrix.
@@ -85,7 +85,8 @@ def sliced_base_weight(context: Context, layer: int, role: str, name: str) -> tu
     weight = slice_rows_or_columns(reader.read_float(f"{name}.weight", context.dtype), role, kept)
     if role not in context.known.architecture.biased:
         return weight, None
-    return weight, slice_bias(reader.read_float(f"{name}.bias", context.dtype), role, kept)
+    bias = reader.read_float(f"{name}.bias", context.dtype)
+    return weight, slice_bias(bias, role, kept) if PRUNED_AXIS[role] == "rows" else bias
 
 
 def with_adapter(read: Callable[[str], Tensor], strength: float, dtype: torch.dtype) -> Wrap:
@@ -98,19 +99,17 @@ def with_adapter(read: Callable[[str], Tensor], strength: float, dtype: torch.dt
     return wrap
 
 
-def l4q_modules(model: PreTrainedModel) -> dict[str, L4QLinear]:
+def l4q_modules(model: Model) -> dict[str, L4QLinear]:
     """Name to module of every L4Q linear map."""
     return {name: module for name, module in model.named_modules() if isinstance(module, L4QLinear)}
 
 
-def packed_modules(model: PreTrainedModel) -> dict[str, PackedLinear]:
+def packed_modules(model: Model) -> dict[str, PackedLinear]:
     """Name to module of every packed linear map."""
     return {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
 
 
-def _from_packed(
-    context: Context, stage: str, architecture: Architecture, wrap: Wrap | None, *, dense: bool
-) -> PreTrainedModel:
+def _from_packed(context: Context, stage: str, architecture: Architecture, wrap: Wrap | None, *, dense: bool) -> Model:
     reader, settings = context.reader(stage), context.config.decompose
 
     def linear(layer: int, role: str, name: str) -> nn.Module:
@@ -130,7 +129,7 @@ def _build(
     linear: Callable[[int, str, str], nn.Module],
     reader: TensorReader,
     wrap: Wrap | None,
-) -> PreTrainedModel:
+) -> Model:
     config: dict[str, Any] = load_config(context.base)
 
     def placed(layer: int, role: str, name: str) -> nn.Module:

@@ -1,0 +1,238 @@
+"""Checking a run or an artifact: every hash, every link between stages, and what must hold inside each stage."""
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prune.exceptions import PruneError
+from prune.groups import ROLES, shape_of
+from prune.indexmap import IndexMap
+from prune.scatter import scatter_adapter
+from qlora_pipe.architectures import linear_name
+from qlora_pipe.artifacts.manifest import MANIFEST, Manifest, check_files, read_manifest
+from qlora_pipe.artifacts.tensors import TensorReader
+from qlora_pipe.errors import ArtifactError, SourceError
+from qlora_pipe.inspection import plural, stages_of, weight_sets
+from qlora_pipe.known import CHAIN
+from qlora_pipe.units import format_bytes
+
+_AGAIN = "run the stage again"
+_TOLERANCE = 1e-9
+"""Relative; sums of losses may have been taken in another order."""
+
+
+def verify_path(path: Path) -> Iterator[str]:
+    """One line per artifact of `path` (a run, or one artifact) that holds.
+
+    Raises ArtifactError on the first that does not, with what was expected, what was found and what to do.
+    Peak bytes: one tensor, and beside a recovered adapter's factor the one it was scattered from.
+    """
+    if (path / MANIFEST).is_file():
+        yield _verify_artifact(path)
+        return
+    for stage in stages_of(path):
+        line = _verify_artifact(path / stage)
+        _check_lineage(path, stage)
+        if stage == "recover":
+            with _one_kind_of_error(path / stage):
+                _check_scattered(path)
+        yield line
+
+
+def _verify_artifact(folder: Path) -> str:
+    """Hashes, plan and invariants of one artifact; the line that says so."""
+    manifest = check_files(folder)
+    _check_plan(folder, manifest)
+    with _one_kind_of_error(folder):
+        tensors = sum(_check_tensors(TensorReader(folder / place, stem)) for place, stem in weight_sets(manifest))
+        check = _CHECKS.get(manifest.stage)
+        if check is not None:
+            check(folder)
+    size = sum(entry.bytes for entry in manifest.files.values())
+    inside = f", {plural(tensors, 'tensor')}" if tensors else ""
+    files = plural(len(manifest.files), "file")
+    return f"{manifest.stage:<10} {manifest.identity[:12]}  whole: {files}, {format_bytes(size)}{inside}"
+
+
+@contextmanager
+def _one_kind_of_error(folder: Path) -> Iterator[None]:
+    """What goes wrong while contents are read is a defect of the artifact."""
+    try:
+        yield
+    except (SourceError, PruneError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ArtifactError(f"{folder}: expected a whole artifact, found {error!r}; {_AGAIN}") from error
+
+
+def _check_plan(folder: Path, manifest: Manifest) -> None:
+    """The plan named every weight file, to the byte."""
+    written = {name: entry.bytes for name, entry in manifest.files.items() if ".safetensors" in name}
+    for name in sorted(written | manifest.planned):
+        if written.get(name) != manifest.planned.get(name):
+            raise ArtifactError(
+                f"{folder / name}: planned {manifest.planned.get(name)} bytes, found {written.get(name)}; {_AGAIN}"
+            )
+
+
+def _check_lineage(run: Path, stage: str) -> None:
+    """The artifact under a stage's name is that stage's, made from what its inputs are now."""
+    manifest = read_manifest(run / stage)
+    if manifest.stage != stage:
+        raise ArtifactError(f"{run / stage}: expected an artifact of {stage}, found one of {manifest.stage}; {_AGAIN}")
+    for name, made_from in manifest.inputs.items():
+        if name in CHAIN:
+            now = read_manifest(run / name).identity
+            if now != made_from:
+                raise ArtifactError(
+                    f"{run / stage}: stage {stage} is stale: it was made from {name} {made_from[:12]}, but {name} is "
+                    f"now {now[:12]}; run the chain again, {stage} and what follows is made anew"
+                )
+
+
+def _check_tensors(reader: TensorReader) -> int:
+    """Finite floats, positive steps, ranks that agree; the number of tensors."""
+    for name, place in reader.locations.items():
+        if name.endswith(".lora_A.weight"):
+            _check_rank(reader, name)
+        tensor = reader.read(name)
+        if not tensor.is_floating_point() or not tensor.numel():
+            continue
+        low, high = (value.item() for value in torch.aminmax(tensor))
+        if not (math.isfinite(low) and math.isfinite(high)):
+            raise ArtifactError(f"{place.file}: tensor {name} holds NaN or Inf, expected finite numbers; {_AGAIN}")
+        kind = name.rpartition(".")[2]
+        if kind == "scale" and low <= 0:
+            raise ArtifactError(f"{place.file}: tensor {name}: expected steps > 0, found {low:g}; {_AGAIN}")
+        if kind in ("scale_max", "input", "gradient") and low < 0:
+            raise ArtifactError(f"{place.file}: tensor {name}: expected values >= 0, found {low:g}; {_AGAIN}")
+    return len(reader.locations)
+
+
+def _check_rank(reader: TensorReader, name: str) -> None:
+    other = f"{name.removesuffix('.lora_A.weight')}.lora_B.weight"
+    place = reader.locations[name]
+    rank, rank_b = place.spec.shape[0], reader.locations[other].spec.shape[1]
+    if rank != rank_b:
+        raise ArtifactError(f"{place.file}: {name} has rank {rank}, {other} has rank {rank_b}; {_AGAIN}")
+
+
+def _check_table(folder: Path) -> None:
+    for name, rows in _read(folder / "table.json").items():
+        for row in rows:
+            if row["bytes"] <= 0 or not _is_loss(row["loss"]):
+                raise ArtifactError(f"{folder / 'table.json'}: {name}: expected bytes > 0 and a loss >= 0, found {row}")
+
+
+def _check_allocation(folder: Path) -> None:
+    """Cost, loss and ties follow from the choices; the budget and the stated bound hold."""
+    path = folder / "allocation.json"
+    body = _read(path)
+    choices = body["choices"]
+    cost = sum(row["bytes"] for row in choices.values())
+    if cost != body["bytes"]:
+        raise ArtifactError(f"{path}: the choices take {cost} bytes, the file says {body['bytes']}; {_AGAIN}")
+    if cost > body["budget_bytes"]:
+        raise ArtifactError(f"{path}: {cost} bytes exceed the budget of {body['budget_bytes']}; {_AGAIN}")
+    loss = math.fsum(row["loss"] for row in choices.values())
+    if not (_is_loss(loss) and math.isclose(loss, body["loss"], rel_tol=_TOLERANCE)):
+        raise ArtifactError(f"{path}: the choices lose {loss}, the file says {body['loss']}; {_AGAIN}")
+    if not 0 <= body["bound"] <= loss * (1 + _TOLERANCE):
+        raise ArtifactError(f"{path}: expected a bound between 0 and the loss {loss}, found {body['bound']}; {_AGAIN}")
+    for layer in range(len(choices) // len(ROLES)):
+        for roles in body["ties"]:
+            taken = {_configuration(choices[linear_name(layer, role)]) for role in roles}
+            if len(taken) > 1:
+                raise ArtifactError(f"{path}: {', '.join(roles)} of layer {layer} are tied but differ; {_AGAIN}")
+
+
+def _configuration(row: Mapping[str, Any]) -> tuple[int, int, int]:
+    return row["bits"], row["block_size"], row["rank"]
+
+
+def _check_kept(folder: Path) -> None:
+    """The record is valid, and every sliced matrix has the rows it says."""
+    kept = _kept(folder)
+    reader = TensorReader(folder)
+    for layer in range(len(kept.layers)):
+        for role in ROLES:
+            name = f"{linear_name(layer, role)}.codes"
+            expected, found = len(kept.kept_indices(layer, role)), reader.locations[name].spec.shape[0]
+            if found != expected:
+                raise ArtifactError(f"{folder}: {name} has {found} rows, kept.json keeps {expected}; {_AGAIN}")
+
+
+def _check_recovery(folder: Path) -> None:
+    """The chosen scale was tried, and none that was tried is better."""
+    path = folder / "recovery.json"
+    body = _read(path)
+    losses = {float(scale): loss for scale, loss in body["loss_by_scale"].items()}
+    if not all(_is_loss(loss) for loss in losses.values()):
+        raise ArtifactError(f"{path}: expected finite losses >= 0, found {losses}; {_AGAIN}")
+    if 0.0 not in losses or losses.get(body["scale"]) != min(losses.values()):
+        raise ArtifactError(f"{path}: scale {body['scale']} is not the best of {losses}; {_AGAIN}")
+
+
+def _check_metrics(folder: Path) -> None:
+    path = folder / "metrics.json"
+    for row in _read(path):
+        where, value = f"{path}: {row['model']} on {row['dataset']}", row["perplexity"]
+        if not (math.isfinite(value) and value >= 1):
+            raise ArtifactError(f"{where}: expected a finite perplexity >= 1, found {value}; {_AGAIN}")
+        if row["tokens"] <= 0 or row["bytes"] <= 0 or not row["bits_per_weight"] > 0:
+            raise ArtifactError(f"{where}: expected tokens, bytes and bits above 0, found {row}; {_AGAIN}")
+
+
+_CHECKS: dict[str, Callable[[Path], None]] = {
+    "score": _check_table,
+    "allocate": _check_allocation,
+    "prune": _check_kept,
+    "recover": _check_recovery,
+    "evaluate": _check_metrics,
+}
+
+
+def _check_scattered(run: Path) -> None:
+    """Every recovered adapter equals the small one on the kept block, to the bit, and is zero elsewhere."""
+    folder, kept = run / "recover", _kept(run / "prune")
+    if _read(folder / "recovery.json").get("index_map") != kept.digest():
+        raise ArtifactError(f"{folder}: the adapter was scattered by another kept.json than prune's; {_AGAIN}")
+    for stage, stem in (("train", "adapter"), ("compact", "compact_adapter")):
+        if not any(folder.glob(f"{stem}*.safetensors")):
+            continue
+        small, full = TensorReader(run / stage, "adapter"), TensorReader(folder, stem)
+        for layer, shape in enumerate(kept.original):
+            for role in ROLES:
+                name = linear_name(layer, role)
+                indices = kept.kept_indices(layer, role)
+                expected = scatter_adapter(*_factors(small, name), role, indices, shape_of(role, shape))
+                if not all(map(torch.equal, expected, _factors(full, name))):
+                    raise ArtifactError(
+                        f"{folder}: {stem} {name} differs from the adapter of {stage} at the kept indices; {_AGAIN}"
+                    )
+
+
+def _factors(reader: TensorReader, name: str) -> tuple[Tensor, Tensor]:
+    return reader.read(f"{name}.lora_A.weight"), reader.read(f"{name}.lora_B.weight")
+
+
+def _kept(folder: Path) -> IndexMap:
+    try:
+        return IndexMap.from_json(_read(folder / "kept.json"))
+    except PruneError as error:
+        raise ArtifactError(f"{folder / 'kept.json'}: {error}; {_AGAIN}") from error
+
+
+def _is_loss(value: float) -> bool:
+    return math.isfinite(value) and value >= 0
+
+
+def _read(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"{path}: expected JSON, found {error}; {_AGAIN}") from error

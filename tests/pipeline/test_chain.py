@@ -1,0 +1,127 @@
+"""The whole chain on random tiny models of every family: planned bytes, resume, changed settings, verify."""
+
+import json
+from pathlib import Path
+
+import pytest
+from tiny import save_settings, save_texts, save_tiny_model
+
+from qlora_pipe.artifacts.manifest import read_manifest
+from qlora_pipe.compile import compile_model
+from qlora_pipe.config_file import load
+from qlora_pipe.events import Reporter
+from qlora_pipe.known import CHAIN
+from qlora_pipe.verify import verify_path
+
+FAMILIES = {
+    "llama": {},
+    "llama-bias": {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": False},
+    "mistral": {"sliding_window": None, "tie_word_embeddings": False},
+    "qwen2": {},
+    "qwen3": {},
+    "gemma": {},
+    "gemma2": {"query_pre_attn_scalar": 16, "sliding_window": 32},
+    "gemma3_text": {"query_pre_attn_scalar": 16, "sliding_window": 32},
+}
+
+
+class Recorder(Reporter):
+    """Keeps what the user would read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+
+    def event(self, kind: str, message: str, **fields: object) -> None:
+        self.lines.append(f"{self.stage}: {kind}: {message}")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of the default tiny model."""
+    folder = tmp_path_factory.mktemp("chain")
+    save_tiny_model(folder / "model")
+    save_texts(folder)
+    compile_model(load(save_settings(folder), ()), Recorder())
+    return folder
+
+
+def hashes(run: Path) -> dict[str, dict[str, str]]:
+    """SHA-256 of every file of every stage."""
+    return {stage: {name: entry.sha256 for name, entry in read_manifest(run / stage).files.items()} for stage in CHAIN}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_goes_through_the_chain(family: str, tmp_path: Path) -> None:
+    save_tiny_model(tmp_path / "model", family.partition("-")[0], **FAMILIES[family])
+    save_texts(tmp_path)
+    artifacts = compile_model(load(save_settings(tmp_path), ()), Recorder())
+    assert tuple(artifacts) == CHAIN
+    assert len(list(verify_path(tmp_path / "run"))) == len(CHAIN)
+    rows = json.loads((tmp_path / "run/evaluate/metrics.json").read_text())
+    assert {(row["model"], row["dataset"]) for row in rows} >= {("base", "task"), ("full+recovered", "text")}
+
+
+def test_planned_bytes_are_written_bytes(finished: Path) -> None:
+    plan = json.loads((finished / "run/plan.json").read_text())
+    assert plan["exact"]
+    for stage in plan["stages"]:
+        manifest = read_manifest(finished / "run" / stage["name"])
+        weights = {name: entry.bytes for name, entry in manifest.files.items() if ".safetensors" in name}
+        assert weights == stage["files"]
+
+
+def test_running_again_does_nothing_and_says_so(finished: Path) -> None:
+    before, recorder = hashes(finished / "run"), Recorder()
+    compile_model(load(finished / "tiny.yaml", ()), recorder)
+    assert [line for line in recorder.lines if ": made:" in line] == []
+    assert sum("done already" in line for line in recorder.lines) == len(CHAIN)
+    assert hashes(finished / "run") == before
+
+
+def test_a_second_run_elsewhere_gives_the_same_bytes(finished: Path, tmp_path: Path) -> None:
+    compile_model(load(finished / "tiny.yaml", (f"run={tmp_path / 'other'}",)), Recorder())
+    other = hashes(tmp_path / "other")
+    # The adapter's config names the run's own base folder.
+    other["export"].pop("peft/adapter_config.json")
+    expected = hashes(finished / "run")
+    expected["export"].pop("peft/adapter_config.json")
+    assert other == expected
+
+
+def test_a_changed_setting_is_named_and_reruns_what_follows(tmp_path: Path) -> None:
+    save_tiny_model(tmp_path / "model")
+    save_texts(tmp_path)
+    config = save_settings(tmp_path)
+    compile_model(load(config, ()), Recorder())
+    recorder = Recorder()
+    compile_model(load(config, ("prune.ffn_ratio=0.5",)), recorder)
+    made = [line.partition(":")[0] for line in recorder.lines if ": made:" in line]
+    assert made == ["prune", "train", "compact", "recover", "export", "evaluate"]
+    assert "prune: changed: ffn_ratio changed: 0.3 -> 0.5" in recorder.lines
+    assert "train: changed: runs again because prune changed" in recorder.lines
+
+
+def test_a_new_budget_needs_no_new_scores(finished: Path, tmp_path: Path) -> None:
+    settings = ("decompose.budget=5bits", f"run={tmp_path / 'run'}")
+    compile_model(load(finished / "tiny.yaml", (f"run={tmp_path / 'run'}",)), Recorder(), until="allocate")
+    recorder = Recorder()
+    compile_model(load(finished / "tiny.yaml", settings), recorder, until="allocate")
+    made = [line.partition(":")[0] for line in recorder.lines if ": made:" in line]
+    assert made == ["allocate"]
+
+
+def test_budget_in_bytes_counts_the_whole_model(finished: Path, tmp_path: Path) -> None:
+    budget = 140_000
+    settings = (f"decompose.budget={budget}B", f"run={tmp_path / 'run'}")
+    artifacts = compile_model(load(finished / "tiny.yaml", settings), Recorder(), until="decompose")
+    size = (artifacts["decompose"].folder / "model.safetensors").stat().st_size
+    assert 0.9 * budget < size <= budget
+
+
+def test_from_makes_a_stage_anew_with_the_same_bytes(finished: Path) -> None:
+    before, recorder = hashes(finished / "run"), Recorder()
+    compile_model(load(finished / "tiny.yaml", ()), recorder, start="recover")
+    made = [line.partition(":")[0] for line in recorder.lines if ": made:" in line]
+    assert made == ["recover", "export", "evaluate"]
+    assert hashes(finished / "run") == before

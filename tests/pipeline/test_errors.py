@@ -1,0 +1,180 @@
+"""Bad input: a typed error, exit code 2, one paragraph, nothing half-written."""
+
+import errno
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from safetensors.torch import load_file, save_file
+from tiny import save_settings, save_texts, save_tiny_model
+
+from qlora_pipe.artifacts.tensors import TensorWriter
+from qlora_pipe.cli import main
+from qlora_pipe.known import CHAIN
+
+QUERY = "model.layers.1.self_attn.q_proj.weight"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    save_tiny_model(tmp_path / "model")
+    save_texts(tmp_path)
+    save_settings(tmp_path)
+    return tmp_path
+
+
+def run(folder: Path, *options: str) -> Result:
+    return CliRunner().invoke(main, ["run", str(folder / "tiny.yaml"), *options])
+
+
+def refused(result: Result, folder: Path, error: str, *words: str) -> None:
+    """Exit code 2, the typed error with these words in one paragraph, and no artifact that is not whole."""
+    assert result.exit_code == 2, result.output
+    lines = [line for line in result.output.splitlines() if line.startswith(f"{error}: ")]
+    assert len(lines) == 1, result.output
+    for word in words:
+        assert word in lines[0]
+    for stage in CHAIN:
+        if (folder / "run" / stage).exists():
+            assert (folder / "run" / stage / "manifest.json").exists()
+    assert not list((folder / "run").glob(".work/*.tmp"))
+
+
+def rewrite(folder: Path, change: Any) -> None:
+    path = folder / "model/model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def test_missing_model(folder: Path) -> None:
+    refused(run(folder, "--set", f"model={folder / 'nowhere'}"), folder, "SourceError", "nowhere", "config.json")
+
+
+def test_missing_package(folder: Path) -> None:
+    refused(run(folder, "--set", "model=package:no-such-package"), folder, "SourceError", "pip install")
+
+
+def test_missing_data_file(folder: Path) -> None:
+    result = run(folder, "--set", f"data.calibration={folder / 'gone.txt'}")
+    refused(result, folder, "SourceError", "gone.txt")
+
+
+def test_truncated_safetensors(folder: Path) -> None:
+    path = folder / "model/model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+    refused(run(folder), folder, "SourceError", "truncated", "model.safetensors")
+
+
+def test_header_that_lies_about_its_length(folder: Path) -> None:
+    path = folder / "model/model.safetensors"
+    path.write_bytes((2**60).to_bytes(8, "little") + path.read_bytes()[8:])
+    refused(run(folder), folder, "SourceError", "header")
+
+
+def test_integer_weights(folder: Path) -> None:
+    rewrite(folder, lambda tensors: tensors.update({QUERY: tensors[QUERY].to(torch.int8)}))
+    refused(run(folder), folder, "WeightError", QUERY, "floating point")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_nan_and_inf_weights_are_named(folder: Path, value: float) -> None:
+    def poison(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[QUERY][3, 4] = value
+
+    rewrite(folder, poison)
+    refused(run(folder), folder, "WeightError", QUERY, "1 NaN or Inf")
+
+
+def test_unknown_tensor(folder: Path) -> None:
+    rewrite(folder, lambda tensors: tensors.update({"model.layers.0.mlp.router.weight": torch.zeros(2, 2)}))
+    refused(run(folder), folder, "UnsupportedModel", "router")
+
+
+def test_unknown_family(folder: Path) -> None:
+    path = folder / "model/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_type": "mixtral"}))
+    refused(run(folder), folder, "UnsupportedModel", "mixtral", "qwen2")
+
+
+def test_budget_below_the_minimum_states_it(folder: Path) -> None:
+    result = run(folder, "--set", "decompose.budget=2bits")
+    refused(result, folder, "BudgetError", "smallest that works is")
+    smallest = float(result.output.split("smallest that works is ")[1].split()[0])
+    assert 2 < smallest < 6
+    assert run(folder, "--set", f"decompose.budget={smallest + 0.001}bits", "--until", "allocate").exit_code == 0
+
+
+def test_byte_budget_below_the_fixed_part(folder: Path) -> None:
+    refused(run(folder, "--set", "decompose.budget=10KB"), folder, "BudgetError", "embeddings")
+
+
+@pytest.mark.parametrize(("setting", "word"), [("prune.kv_ratio=0.9", "kv_ratio"), ("prune.ffn_ratio=0.999", "ffn")])
+def test_ratio_that_empties_a_layer(folder: Path, setting: str, word: str) -> None:
+    refused(run(folder, "--set", setting), folder, "ConfigError", "largest that works")
+
+
+def test_ratio_outside_its_range(folder: Path) -> None:
+    refused(run(folder, "--set", "prune.ffn_ratio=1.0"), folder, "ConfigError", "prune.ffn_ratio")
+
+
+def test_empty_dataset(folder: Path) -> None:
+    (folder / "records.json").write_text("[]")
+    refused(run(folder), folder, "DataError", "records.json")
+
+
+def test_empty_text(folder: Path) -> None:
+    (folder / "text.txt").write_text("")
+    refused(run(folder), folder, "DataError", "text.txt")
+
+
+def test_record_without_the_field(folder: Path) -> None:
+    (folder / "records.json").write_text(json.dumps([{"name": "a", "extract": "b"}]))
+    refused(run(folder), folder, "DataError", "'title'", "extract, name")
+
+
+def test_device_not_present(folder: Path) -> None:
+    refused(run(folder, "--set", "device=cuda:7"), folder, "DeviceError", "cuda:7")
+    refused(run(folder, "--set", "device=gpu"), folder, "DeviceError", "gpu")
+
+
+def test_disk_full_keeps_what_is_done(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: TensorWriter, name: str, tensor: torch.Tensor) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TensorWriter, "write", full)
+        refused(run(folder), folder, "StageError", "calibrate", "full")
+    assert (folder / "run/source/manifest.json").exists()
+    assert run(folder, "--until", "calibrate").exit_code == 0
+
+
+def test_memory_limit_is_enforced_before_any_stage(folder: Path) -> None:
+    refused(run(folder, "--set", "memory.host=1MB"), folder, "PlanError", "memory.host")
+    assert not (folder / "run/source").exists()
+
+
+def test_a_group_size_that_does_not_divide(folder: Path) -> None:
+    refused(run(folder, "--set", "compact.group_size=48"), folder, "ConfigError", "group_size 48")
+
+
+def test_a_block_size_that_does_not_divide(folder: Path) -> None:
+    refused(run(folder, "--set", "decompose.block_sizes=[48]"), folder, "ConfigError", "block size")
+
+
+def test_nan_loss_stops_with_the_step(folder: Path) -> None:
+    refused(run(folder, "--set", "train.learning_rate=1e30"), folder, "StageError", "learning rate")
+
+
+def test_a_second_run_in_the_same_folder_is_refused(folder: Path) -> None:
+    from qlora_pipe.artifacts.store import Store
+
+    with Store(folder / "run").lock():
+        refused(run(folder), folder, "ArtifactError", "another run")
+
+
+def test_from_needs_what_comes_before(folder: Path) -> None:
+    refused(run(folder, "--from", "train"), folder, "ArtifactError", "source is not done")
