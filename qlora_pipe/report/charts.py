@@ -7,13 +7,13 @@ placeholders while matplotlib draws and become CSS variables of the page afterwa
 import io
 import re
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from prune.groups import ROLES
-from qlora_pipe.architectures import MODULE
+from qlora_pipe.architectures import linear_name
 from qlora_pipe.report.facts import PRODUCTS, Kept, ModelRow, StageRow, configuration, configuration_name
 from qlora_pipe.report.table import figure as digits
 from qlora_pipe.units import format_bytes
@@ -28,7 +28,9 @@ _COLOURS += [f"{what}-{bits}" for what in ("bits", "on-bits") for bits in _WIDTH
 _HEX = {name: f"#0b5e{number:02x}" for number, name in enumerate(_COLOURS)}
 """What stands for each CSS variable while matplotlib draws."""
 
+_FONT = r"(?:'[^']*'|[\w-]+)"
 _WIDTH = 10.4
+_LAYERS_IN_A_BAND = 40
 _POINTS_TO_PIXELS = 4 / 3
 _STYLE: Any = {
     "svg.fonttype": "none",
@@ -60,10 +62,10 @@ def perplexity_chart(models: Sequence[ModelRow], datasets: Sequence[str]) -> str
 
     def draw(figure: "Figure") -> None:
         columns = min(len(datasets), 3)
-        panels = figure.subplots(-(-len(datasets) // columns), columns, sharey=True, squeeze=False).flat
+        panels = list(figure.subplots(-(-len(datasets) // columns), columns, sharey=True, squeeze=False).flat)
         for panel, dataset in zip(panels, datasets, strict=False):
             _perplexity_panel(panel, models, dataset)
-        for panel in list(panels)[len(datasets) :]:
+        for panel in panels[len(datasets) :]:
             panel.set_visible(False)
 
     rows = -(-len(datasets) // 3)
@@ -80,8 +82,8 @@ def _perplexity_panel(panel: "Axes", models: Sequence[ModelRow], dataset: str) -
     if max(values) > 20 * min(values):
         # A bar's length is then the loss in nats: perplexity 1 is its zero.
         panel.set_xscale("log")
-        panel.set_xlim(1, max(values) ** 1.3)
-        panel.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        panel.set_xlim(1, max(values) ** 1.25)
+        panel.xaxis.set_major_formatter(_power_of_ten)
         panel.xaxis.minorticks_off()
     else:
         panel.set_xlim(0, 1.2 * max(values))
@@ -93,34 +95,56 @@ def _perplexity_panel(panel: "Axes", models: Sequence[ModelRow], dataset: str) -
         panel.annotate(told, (values[position], position), (4, 0), textcoords="offset points", va="center", fontsize=8)
 
 
-def bits_chart(choices: Mapping[str, Mapping[str, Any]]) -> str:
-    """Code bits of every linear map: a column per layer, a row per role, all figures of a cell in its tooltip."""
-    from matplotlib.patches import Rectangle
+def _power_of_ten(value: float, _: float) -> str:
+    """`100`, `10k`, `1M`; beyond that as a computer writes it."""
+    for size, letter in ((1e6, "M"), (1e3, "k")):
+        if size <= value < 1e9:
+            return f"{value / size:g}{letter}"
+    return f"{value:g}"
 
+
+def bits_chart(choices: Mapping[str, Mapping[str, Any]]) -> str:
+    """Code bits of every linear map: a column per layer, a row per role, all figures of a cell in its tooltip.
+
+    A deep model takes several bands.
+    """
     layers = len(choices) // len(ROLES)
-    # Wide enough to read; a deep model makes the picture wide, and its box scrolls.
-    cell = min(0.62, max(0.27, (_WIDTH - 0.7) / layers))
-    tips = {}
+    bands = -(-layers // _LAYERS_IN_A_BAND)
+    columns = -(-layers // bands)
+    cell = min(0.62, (_WIDTH - 0.7) / columns)
+    tips: dict[str, str] = {}
 
     def draw(figure: "Figure") -> None:
-        axes = figure.subplots()
-        for layer in range(layers):
-            for row, role in enumerate(ROLES):
-                name = f"model.layers.{layer}.{MODULE[role]}"
-                choice = configuration(choices[name])
-                mark = f"cell-{layer}-{role}"
-                tips[mark] = f"{name}: {configuration_name(choice)}, {format_bytes(choices[name]['bytes'])}"
-                fill = _HEX[f"bits-{choice[0]}"]
-                axes.add_patch(Rectangle((layer + 0.03, row + 0.03), 0.94, 0.94, facecolor=fill, linewidth=0, gid=mark))
-                colour = _HEX[f"on-bits-{choice[0]}"]
-                axes.text(layer + 0.5, row + 0.5, str(choice[0]), ha="center", va="center_baseline", color=colour)
-        axes.set(xlim=(0, layers), ylim=(len(ROLES), 0), xlabel="layer")
-        axes.set_yticks([row + 0.5 for row in range(len(ROLES))], ROLES)
-        axes.set_xticks([layer + 0.5 for layer in range(layers)], [str(layer) for layer in range(layers)], fontsize=7.5)
-        axes.tick_params(length=0)
-        axes.spines[:].set_visible(False)
+        for band, axes in enumerate(figure.subplots(bands, 1, squeeze=False).flat):
+            start = band * columns
+            for layer in range(start, min(start + columns, layers)):
+                tips.update(_bits_column(axes, layer, choices))
+            axes.set(xlim=(start, start + columns), ylim=(len(ROLES), 0))
+            axes.set_yticks([row + 0.5 for row in range(len(ROLES))], ROLES)
+            shown = range(start, min(start + columns, layers))
+            axes.set_xticks([layer + 0.5 for layer in shown], [str(layer) for layer in shown], fontsize=7.5)
+            axes.tick_params(length=0)
+            axes.spines[:].set_visible(False)
+        axes.set_xlabel("layer")
 
-    return _svg("bits", "Code bits by layer and role", draw, 0.7 + cell * layers, 0.55 + 0.3 * len(ROLES), tips)
+    height = bands * (0.3 + 0.3 * len(ROLES)) + 0.25
+    return _svg("bits", "Code bits by layer and role", draw, 0.7 + cell * columns, height, tips)
+
+
+def _bits_column(axes: "Axes", layer: int, choices: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """Draw the cells of one layer; their tooltips by element id."""
+    from matplotlib.patches import Rectangle
+
+    tips = {}
+    for row, role in enumerate(ROLES):
+        name = linear_name(layer, role)
+        choice = configuration(choices[name])
+        mark = f"cell-{layer}-{role}"
+        tips[mark] = f"{name}: {configuration_name(choice)}, {format_bytes(choices[name]['bytes'])}"
+        fill, ink = _HEX[f"bits-{choice[0]}"], _HEX[f"on-bits-{choice[0]}"]
+        axes.add_patch(Rectangle((layer + 0.03, row + 0.03), 0.94, 0.94, facecolor=fill, linewidth=0, gid=mark))
+        axes.text(layer + 0.5, row + 0.5, str(choice[0]), ha="center", va="center_baseline", color=ink)
+    return tips
 
 
 def kept_chart(kept: Sequence[Kept]) -> str:
@@ -156,6 +180,7 @@ def loss_chart(histories: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
             panel.plot(steps, smooth, color=_HEX["strong"], linewidth=1.8, marker="o" if len(rows) == 1 else None)
             panel.set_title(name)
             panel.set(xlabel="optimiser step", ylabel="loss (nats per token)")
+            panel.xaxis.get_major_locator().set_params(integer=True)
             _open_grid(panel)
 
     return _svg("loss", "Training loss", draw, _WIDTH, 2.7)
@@ -230,7 +255,7 @@ def _open_grid(axes: "Axes") -> None:
 def _svg(
     name: str,
     title: str,
-    draw: Any,
+    draw: Callable[["Figure"], None],
     width: float,
     height: float,
     tips: Mapping[str, str] | None = None,
@@ -261,7 +286,7 @@ def _inline(svg: str, name: str, title: str, inches: tuple[float, float], tips: 
     for mark, tip in tips.items():
         body = body.replace(f'<g id="{mark}">', f'<g id="{mark}"><title>{escape(tip)}</title>', 1)
     body = re.sub(r'(\bid="|href="#|url\(#)', lambda match: f"{match[1]}{name}-", body)
-    body = re.sub(r"""(font: [\d. a-z]*px) (?:'[^']*'|[\w, -]+)+(?=[;"])""", r"\1 var(--font)", body)
+    body = re.sub(rf"(font-family: |font: [\w. ]*px ){_FONT}(, {_FONT})*", r"\1var(--font)", body)
     body = _coloured(body, _HEX.items())
     pixels = round(inches[0] * 72 * _POINTS_TO_PIXELS)
     return (

@@ -26,7 +26,7 @@ def page(facts: Facts) -> str:
 
     template = resources.files("qlora_pipe.report").joinpath("page.html.jinja").read_text(encoding="utf-8")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"bytes": format_bytes, "figure": figure}
+    environment.filters |= {"bytes": format_bytes, "figure": figure, "ratio": _ratio}
     drawn = {name: Markup(svg) for name, svg in _charts(facts).items()}
     return environment.from_string(template).render(
         facts=facts,
@@ -109,6 +109,10 @@ def _adapter_tile(facts: Facts) -> list[tuple[str, str, str]]:
         return [("recovered adapter", "does not help", "exported with scale 0")]
     tau = "" if found["tau"] is None else f"transfer efficiency {found['tau']:.2f}"
     return [("recovered adapter", f"scale {found['scale']:g}", tau)]
+
+
+def _ratio(value: float) -> str:
+    return f"{value:.3f}" if value < 10 else figure(value)
 
 
 def _charts(facts: Facts) -> dict[str, str]:

@@ -86,10 +86,12 @@ def recovery_verdict(facts: Facts) -> str:
             "no scale that was tried beats 0, so it is exported with scale 0 and changes nothing."
         )
     losses, tau = found["losses"], found["tau"]
+    largest = found["scale"] == max(map(float, found["loss_by_scale"]))
+    edge = " No larger scale was tried; one may be better (recover.scales)." if largest else ""
     told = "not defined, for the small model gained nothing" if tau is None else f"{tau:.2f}"
     return (
         f"The recovered adapter helps {model} at scale {found['scale']:g}: held-out loss from {losses['full']:.4f} "
-        f"to {losses['full_adapted']:.4f} nats per token, transfer efficiency (tau) {told}."
+        f"to {losses['full_adapted']:.4f} nats per token, transfer efficiency (tau) {told}.{edge}"
     )
 
 
