@@ -4,10 +4,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from prune.counting import kept_count
+from prune.exceptions import RatioError
 from prune.groups import PRUNED_AXIS, ROLES, shape_of
 from qlora_pipe.architectures import Architecture, linear_name
 from qlora_pipe.artifacts.layout import DTYPE_BYTES, DTYPE_CODE, TensorSpec
 from qlora_pipe.config import Compact, Decompose, Prune
+from qlora_pipe.errors import ConfigError
 from quant.storage import Choice, PackedShape, packed_columns
 
 Tensors = dict[str, TensorSpec]
@@ -94,20 +96,23 @@ def dense(architecture: Architecture, dtype: str) -> Tensors:
 
 
 def small_architecture(architecture: Architecture, settings: Prune) -> Architecture:
-    """The widths that pruning will leave, known before any score is."""
+    """The widths that pruning will leave, known before any score is; raises ConfigError if nothing would stay."""
     last = len(architecture.layers) - settings.protect_last
     layers = []
     for index, shape in enumerate(architecture.layers):
         if settings.protect_first <= index < last:
-            kv_heads = kept_count(shape.kv_heads, settings.kv_ratio, 1)
-            shape = replace(
-                shape,
-                kv_heads=kv_heads,
-                heads=kv_heads * shape.queries_per_kv,
-                ffn=kept_count(shape.ffn, settings.ffn_ratio, settings.align),
-            )
+            kv_heads = _kept("kv_ratio", shape.kv_heads, settings.kv_ratio, 1)
+            ffn = _kept("ffn_ratio", shape.ffn, settings.ffn_ratio, settings.align)
+            shape = replace(shape, kv_heads=kv_heads, heads=kv_heads * shape.queries_per_kv, ffn=ffn)
         layers.append(shape)
     return replace(architecture, layers=tuple(layers))
+
+
+def _kept(setting: str, total: int, ratio: float, align: int) -> int:
+    try:
+        return kept_count(total, ratio, align)
+    except RatioError as error:
+        raise ConfigError(f"prune.{setting}: {error}") from error
 
 
 def linear_bytes(tensors: Tensors, architecture: Architecture) -> int:

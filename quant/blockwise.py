@@ -8,7 +8,7 @@ from torch import Tensor
 
 from quant.codebook import CODEBOOK_BITS, encode, normal_float
 from quant.exceptions import NonFiniteError, QuantError, ShapeError
-from quant.pack import PACK_BITS, WORD_BITS, packed_columns
+from quant.storage import PACK_BITS, WORD_BITS, packed_columns
 
 SCALE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 

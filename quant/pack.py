@@ -13,22 +13,9 @@ import torch
 from torch import Tensor
 
 from quant.exceptions import QuantError, ShapeError
-
-WORD_BITS = 32
-PACK_BITS = (2, 3, 4, 8)
+from quant.storage import WORD_BITS, packed_columns
 
 _BYTE_ONES = 0x0101010101010101
-
-
-def packed_columns(columns: int, bits: int) -> int:
-    """Number of int32 words that one row of `columns` codes of `bits` bits takes, padding included."""
-    if bits not in PACK_BITS:
-        raise QuantError(f"packing is defined for {PACK_BITS} bits, not {bits}")
-    if columns < 0:
-        raise ShapeError(f"a row cannot have {columns} codes")
-    per_group = WORD_BITS if bits == 3 else WORD_BITS // bits
-    words_per_group = 3 if bits == 3 else 1
-    return -(-columns // per_group) * words_per_group
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from quant.blockwise import BlockFormat
-from quant.pack import packed_columns
+from quant.storage import packed_columns
 
 
 def normal_float(bits: int) -> Tensor:

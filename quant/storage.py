@@ -5,8 +5,13 @@ The plan adds these up before a weight is touched, and quant.linear registers ex
 
 from dataclasses import dataclass
 
+from quant.exceptions import QuantError, ShapeError
+
 WORD_BITS = 32
 """Codes are packed into int32 words."""
+
+PACK_BITS = (2, 3, 4, 8)
+"""Widths that have a packed layout."""
 
 
 @dataclass(frozen=True)
@@ -70,13 +75,14 @@ class PackedShape:
 
 
 def packed_columns(columns: int, bits: int) -> int:
-    """int32 words that a row of `columns` codes takes; the last word (at 3 bits: group of three) is zero padded.
+    """int32 words that a row of `columns` codes of `bits` bits takes, padding included; see quant.pack for the layout.
 
-    2, 4 and 8 bits: 32 / bits codes a word, first code in the lowest bits. 3 bits: three words per 32 codes, word p
-    holding bit p of each. Raises ValueError for other widths.
+    Raises QuantError for a width that has no layout, ShapeError for a negative number of columns.
     """
-    if bits == 3:
-        return 3 * -(-columns // WORD_BITS)
-    if bits not in (2, 4, 8):
-        raise ValueError(f"bits must be 2, 3, 4 or 8, found {bits}")
-    return -(-columns * bits // WORD_BITS)
+    if bits not in PACK_BITS:
+        raise QuantError(f"packing is defined for {PACK_BITS} bits, not {bits}")
+    if columns < 0:
+        raise ShapeError(f"a row cannot have {columns} codes")
+    per_group = WORD_BITS if bits == 3 else WORD_BITS // bits
+    words_per_group = 3 if bits == 3 else 1
+    return -(-columns // per_group) * words_per_group

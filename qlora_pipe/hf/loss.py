@@ -11,8 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from qlora_pipe.hf.tokens import IGNORED, Row, collate
-
-_HEAD_ROWS = 256
+from qlora_pipe.memory import EVALUATION_TOKENS, HEAD_ROWS
 
 
 @dataclass(frozen=True)
@@ -45,15 +44,15 @@ def summed_loss(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
     head = model.get_output_embeddings()
     cap = getattr(model.config, "final_logit_softcapping", None)
     total = states.new_zeros(())
-    for start in range(0, len(wanted), _HEAD_ROWS):
-        part = (head, cap, states[start : start + _HEAD_ROWS], wanted[start : start + _HEAD_ROWS])
+    for start in range(0, len(wanted), HEAD_ROWS):
+        part = (head, cap, states[start : start + HEAD_ROWS], wanted[start : start + HEAD_ROWS])
         total = total + (
             checkpoint(_head_loss, *part, use_reentrant=False) if torch.is_grad_enabled() else _head_loss(*part)
         )
     return total
 
 
-def score(model: PreTrainedModel, rows: Sequence[Row], *, batch_tokens: int = 2048) -> Score:
+def score(model: PreTrainedModel, rows: Sequence[Row], *, batch_tokens: int = EVALUATION_TOKENS) -> Score:
     """Score of a model on rows, in batches of rows of like length with about `batch_tokens` tokens each."""
     device = next(model.parameters()).device
     ordered = sorted(rows, key=lambda row: len(row.input_ids), reverse=True)

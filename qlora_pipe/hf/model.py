@@ -1,5 +1,6 @@
 """Building transformers models whose linear maps we choose, layer by layer, from tensors on disk."""
 
+import gc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,8 @@ def build(
     heads off the tensors, and the ratio of query to key heads is the same everywhere.
     """
     quiet()
+    # A model is full of reference cycles: the last one must be gone before the next is built.
+    gc.collect()
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
     for layer, role, name in architecture.linears():

@@ -5,7 +5,6 @@ import os
 import random
 import signal
 import time
-from collections.abc import Iterator
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
@@ -28,11 +27,11 @@ def run_chain(config: Path, run: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[ForkServerContext]:
+def server() -> ForkServerContext:
     """Processes that start with the heavy imports done: they are killed in the chain, not while importing."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["qlora_pipe.compile", "transformers.trainer"])
-    yield context
+    return context
 
 
 def hashes(run: Path) -> dict[str, dict[str, str]]:

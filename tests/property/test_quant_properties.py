@@ -9,7 +9,8 @@ from quant.blockwise import BlockFormat, dequantize, quantize, scales, storage_b
 from quant.codebook import encode, normal_float
 from quant.decompose import decompose
 from quant.moments import DiagonalMoments
-from quant.pack import pack, packed_columns, unpack
+from quant.pack import pack, unpack
+from quant.storage import packed_columns
 
 BITS = st.sampled_from([2, 3, 4, 8])
 SEEDS = st.integers(0, 2**31 - 1)

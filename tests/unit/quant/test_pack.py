@@ -3,7 +3,8 @@ import torch
 
 from quant import reference
 from quant.exceptions import QuantError, ShapeError
-from quant.pack import pack, packed_columns, unpack
+from quant.pack import pack, unpack
+from quant.storage import packed_columns
 
 
 def _codes(rows, columns, bits, seed=0):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from quant import blockwise, pack
+from quant import blockwise, pack, storage
 from quant.blockwise import BlockFormat
 from quant.exceptions import QuantError, ShapeError
 from quant.linear import PackedLinear, buffer_spec
@@ -57,7 +57,7 @@ def test_buffers_are_exactly_the_spec(fmt, transposed, bias):
     found = {name: (b.dtype, tuple(b.shape)) for name, b in module.named_buffers()}
     assert found == buffer_spec(IN, OUT, fmt, RANK, transposed, torch.bfloat16, bias)
     rows, columns = (IN, OUT) if transposed else (OUT, IN)
-    assert found["codes"] == (torch.int32, (rows, pack.packed_columns(columns, fmt.bits)))
+    assert found["codes"] == (torch.int32, (rows, storage.packed_columns(columns, fmt.bits)))
     assert found["scale_max"] == (torch.bfloat16, (rows,))
     assert found["lowrank_left"] == (torch.bfloat16, (OUT, RANK))
     assert found["lowrank_right"] == (torch.bfloat16, (RANK, IN))
