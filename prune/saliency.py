@@ -71,12 +71,29 @@ def magnitude(weights: Mapping[str, Tensor], shape: LayerShape) -> dict[str, Ten
     return gathered.scores()
 
 
+def activation(role: str, weight: Tensor, input_squares: Tensor, shape: LayerShape) -> Tensor:
+    """Scores of the groups that ``role`` ("o" for KV groups, "down" for FFN channels) reads, fp64 [groups].
+
+    Score of a group = sum over its columns j of E[x_j^2] * ||W_:j||^2: the expected squared change of the layer's
+    output when the group goes, if inputs are uncorrelated. It is Wanda's weight-times-activation score (arXiv
+    2306.11695), squared and summed over what leaves together. ``weight`` [out, in]; ``input_squares`` [in], the mean
+    square of each input. Raises PruneError for a role whose columns are not pruned or a shape that does not fit. Peak
+    bytes: 16 * 256 * in.
+    """
+    expected = shape_of(role, shape)
+    if pruned_dim(role) != 1 or tuple(weight.shape) != expected or tuple(input_squares.shape) != expected[1:]:
+        raise PruneError(
+            f"expected o or down with a weight {expected} and its {expected[1]} input moments, found {role} with "
+            f"{tuple(weight.shape)} and {tuple(input_squares.shape)}"
+        )
+    per_column = _squared_sums(weight, 1) * input_squares.to(torch.float64)
+    return per_column.reshape(shape.group_count(KIND[role]), -1).sum(dim=1)
+
+
 def random(shape: LayerShape, generator: torch.Generator) -> dict[str, Tensor]:
     """Uniform scores in [0, 1) on the generator's device: the random pruner of LoRAM (arXiv 2502.13533)."""
     return {
-        kind: torch.rand(
-            shape.group_count(kind), generator=generator, dtype=torch.float64, device=generator.device
-        )
+        kind: torch.rand(shape.group_count(kind), generator=generator, dtype=torch.float64, device=generator.device)
         for kind in ("kv", "ffn")
     }
 

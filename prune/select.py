@@ -67,9 +67,7 @@ def _checked(scores: Mapping[str, Tensor], layer: int, kind: str, total: int) ->
         raise PruneError(f"layer {layer} has no {kind} scores")
     values = scores[kind]
     if tuple(values.shape) != (total,):
-        raise PruneError(
-            f"layer {layer}: {kind} scores must have shape ({total},), found {tuple(values.shape)}"
-        )
+        raise PruneError(f"layer {layer}: {kind} scores must have shape ({total},), found {tuple(values.shape)}")
     if bool(values.isnan().any()):
         raise PruneError(f"layer {layer}: {kind} scores contain NaN; its weights are probably not finite")
     return values

@@ -38,9 +38,7 @@ def slice_bias(bias: Tensor, role: str, kept: Tensor) -> Tensor:
 def check_kept(kept: Tensor, total: int) -> None:
     """Raise PruneError unless ``kept`` is int64 [n >= 1], strictly ascending, within [0, total)."""
     if kept.dtype != torch.int64 or kept.ndim != 1 or kept.numel() == 0:
-        raise PruneError(
-            f"kept indices must be a non-empty int64 vector, found {kept.dtype} {tuple(kept.shape)}"
-        )
+        raise PruneError(f"kept indices must be a non-empty int64 vector, found {kept.dtype} {tuple(kept.shape)}")
     if bool((kept[1:] <= kept[:-1]).any()):
         raise PruneError("kept indices must be strictly ascending: their order is that of the sliced model")
     first, last = int(kept[0]), int(kept[-1])

@@ -1,6 +1,7 @@
 """The command line. Heavy imports happen inside the commands that need them."""
 
 import json
+import logging
 import os
 import sys
 from collections.abc import Callable
@@ -32,8 +33,9 @@ class _Group(click.Group):
 @click.version_option(package_name="qlora-pipe")
 def main() -> None:
     """A compiler for LLM weights under a memory budget."""
-    # Bars of other libraries would tear ours apart.
+    # Bars and notices of other libraries would tear ours apart.
     os.environ.setdefault("TQDM_DISABLE", "1")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 @main.command()
@@ -132,13 +134,13 @@ def _run(config: Path, overrides: tuple[str, ...], log_json: bool, until: str, s
     from qlora_pipe.events import Reporter
 
     compile_model(settings, Reporter(json_lines=log_json), until=until, start=start)
-    if until == CHAIN[-1]:
-        from qlora_pipe.report import show_results, write_report
+    from qlora_pipe.report import show_results, write_report
 
-        assert settings.run is not None
-        report = write_report(Path(settings.run))
+    assert settings.run is not None
+    report = write_report(Path(settings.run))
+    if until == CHAIN[-1]:
         click.echo(show_results(Path(settings.run)))
-        click.echo(f"report: {report}")
+    click.echo(f"report: {report}")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from qlora_pipe.hf.source import fetch
 from qlora_pipe.known import CHAIN
 from qlora_pipe.meter import Meter, give_back_large_blocks
 from qlora_pipe.plan import check_memory, know, plan_known
-from qlora_pipe.sources import find_model, model_files
+from qlora_pipe.sources import BASE_LINK, find_model, model_files
 from qlora_pipe.stages import (
     allocate,
     calibrate,
@@ -83,10 +83,9 @@ class _Run:
         self.base = fetch(found, self.reporter)
         self.known = know(self.config, self.base)
         self._plan()
-        link = self.store.run / "base"
+        link = self.store.run / BASE_LINK
         link.unlink(missing_ok=True)
         link.symlink_to(self.base.resolve())
-        self.base_name = found.name if found.kind == "hub" else str(link)
         (self.store.run / "config.yaml").write_text(resolved_yaml(self.config))
         self.artifacts: dict[str, Artifact] = {}
 
@@ -134,7 +133,6 @@ class _Run:
                 config=self.config,
                 known=self.known,
                 base=self.base,
-                base_name=self.base_name,
                 inputs={name: self.artifacts[name] for name in stage.inputs},
                 out=out,
                 work=self.store.work(ticket),

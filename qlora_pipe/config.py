@@ -115,7 +115,9 @@ class Decompose(Section):
 class Prune(Section):
     """Whole KV groups (with their query heads) and FFN channels."""
 
-    method: Literal["magnitude", "random"] = Field("magnitude", description="how groups are ranked")
+    method: Literal["activation", "magnitude", "random"] = Field(
+        "activation", description="how groups are ranked; activation uses the calibration moments"
+    )
     kv_ratio: Fraction = Field(0.0, description="share of the KV groups removed per layer")
     ffn_ratio: Fraction = Field(0.25, description="share of the FFN channels removed per layer")
     align: Positive = Field(64, description="kept FFN channels are a multiple of this")

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any, TextIO
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -42,7 +43,7 @@ class Reporter:
             print(json.dumps(body), file=self._stream, flush=True)
         else:
             prefix = f"[bold]{self.stage:>10}[/bold]  " if self.stage else ""
-            self._console.print(f"{prefix}{message}")
+            self._console.print(f"{prefix}{escape(message)}")
 
     @contextmanager
     def progress(self, label: str, total: int) -> Iterator[Advance]:

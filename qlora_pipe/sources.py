@@ -27,6 +27,9 @@ _TOKENIZER = (
     "added_tokens",
     "generation_config",
 )
+BASE_LINK = "base"
+"""Name of the link in the run folder that leads to the original model."""
+
 CONVERSION = 1
 """Version of the GGUF conversion; part of the cache key."""
 
@@ -83,6 +86,11 @@ def find_model(spec: str) -> ModelSource:
             "as owner/name; found nothing there"
         )
     return ModelSource("hub", spec, None)
+
+
+def base_name(model: str, run: Path) -> str:
+    """What an adapter's config calls its base: a hub id, or the run's own link to the model's folder."""
+    return model if find_model(model).kind == "hub" else str(run.absolute() / BASE_LINK)
 
 
 def architecture_of(source: ModelSource) -> Architecture:

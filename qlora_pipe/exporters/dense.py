@@ -6,10 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from qlora_pipe.artifacts.layout import Layout
 from qlora_pipe.artifacts.tensors import TensorWriter, torch_dtype_of
+from qlora_pipe.errors import WeightError
 from qlora_pipe.sources import is_tokenizer
 
 
@@ -22,10 +24,16 @@ def write_dense(
     base: Path,
     dtype: str,
 ) -> None:
-    """Weights, config.json and the tokenizer of `base`. Peak bytes: one tensor in fp32."""
+    """Weights, config.json and the tokenizer of `base`; WeightError if a weight overflows `dtype`.
+
+    Peak bytes: one tensor in fp32.
+    """
     with TensorWriter(folder, layout) as writer:
         for name, spec in layout.items():
-            writer.write(name, read(name).to(torch_dtype_of(spec.dtype)))
+            tensor = read(name).to(torch_dtype_of(spec.dtype))
+            if not torch.isfinite(torch.stack(torch.aminmax(tensor))).all():
+                raise WeightError(f"tensor {name} overflows {dtype}; set export.dtype to bfloat16 or float32")
+            writer.write(name, tensor)
     (folder / "config.json").write_text(json.dumps(config | {"dtype": dtype}, indent=2) + "\n")
     for path in sorted(base.iterdir()):
         if is_tokenizer(path):

@@ -10,6 +10,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from qlora_pipe.errors import StageError
 from qlora_pipe.hf.tokens import IGNORED, Row, collate
 from qlora_pipe.memory import EVALUATION_TOKENS, HEAD_ROWS
 
@@ -53,7 +54,7 @@ def summed_loss(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
 
 
 def score(model: PreTrainedModel, rows: Sequence[Row], *, batch_tokens: int = EVALUATION_TOKENS) -> Score:
-    """Score of a model on rows, in batches of rows of like length with about `batch_tokens` tokens each."""
+    """Score of a model on rows, in batches of like length with about `batch_tokens` tokens; StageError on a NaN."""
     device = next(model.parameters()).device
     ordered = sorted(rows, key=lambda row: len(row.input_ids), reverse=True)
     nll, tokens, start = 0.0, 0, 0
@@ -65,6 +66,8 @@ def score(model: PreTrainedModel, rows: Sequence[Row], *, batch_tokens: int = EV
             nll += summed_loss(model, batch).double().item()
             tokens += sum(row.scored for row in chosen)
             start += size
+    if not math.isfinite(nll):
+        raise StageError(f"the loss over {tokens} held-out tokens is {nll}: the weights of this model are broken")
     return Score(nll, tokens)
 
 

@@ -17,13 +17,15 @@ def run(context: Context) -> None:
     config, known = context.config, context.known
     table = context.read_json("score", "table.json")
     budget = linear_budget(known.architecture, known.dtypes, config)
+    ties = _ties(len(known.architecture.layers), config.decompose.ties)
+    _keep_common_choices(table, ties)
     problem = Problem(
         budget=budget,
         items=tuple(
             Item(name, tuple(Option(_choice(row).name, row["bytes"], row["loss"]) for row in rows))
             for name, rows in table.items()
         ),
-        ties=_ties(len(known.architecture.layers), config.decompose.ties),
+        ties=ties,
     )
     try:
         solution = solve(problem, time_limit=config.decompose.time_limit)
@@ -52,6 +54,19 @@ def run(context: Context) -> None:
             "choices": chosen,
         },
     )
+
+
+def _keep_common_choices(table: dict[str, list[dict[str, Any]]], ties: tuple[tuple[str, ...], ...]) -> None:
+    """Tied matrices of different shape may take only what all of them can: drop the rest from `table`."""
+    for group in ties:
+        common = set.intersection(*({_choice(row) for row in table[name]} for name in group))
+        if not common:
+            raise ConfigError(
+                f"decompose.ties: {', '.join(group)} are tied but have no configuration in common; offer more "
+                "block_sizes or ranks, or untie them"
+            )
+        for name in group:
+            table[name] = [row for row in table[name] if _choice(row) in common]
 
 
 def read_allocation(body: dict[str, Any]) -> dict[str, Choice]:

@@ -25,7 +25,6 @@ class Context:
     config: Config
     known: Known
     base: Path
-    base_name: str
     inputs: Mapping[str, Artifact]
     out: Path
     work: Path

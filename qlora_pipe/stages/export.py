@@ -1,6 +1,7 @@
 """export: the PEFT adapter of the full model, the merged full model, the small model."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -9,7 +10,7 @@ from qlora_pipe import layouts
 from qlora_pipe.exporters.dense import write_dense
 from qlora_pipe.exporters.peft import write_peft
 from qlora_pipe.hf.model import small_config
-from qlora_pipe.sources import read_config
+from qlora_pipe.sources import base_name, read_config
 from qlora_pipe.stages.base import Context, Stage
 from qlora_pipe.stages.models import integer_weight
 from qlora_pipe.stages.packing import read_packed
@@ -30,7 +31,7 @@ def run(context: Context) -> None:
             context.out / "peft",
             layouts.peft_adapter(known.architecture, config.train.rank),
             context.reader("recover", "adapter").read,
-            base=context.base_name,
+            base=base_name(config.model, Path(str(config.run))),
             rank=config.train.rank,
             strength=strength(context),
             scale=scale,
@@ -116,6 +117,7 @@ STAGE = Stage(
     lambda config: (
         config.export.model_dump(mode="json")
         | {"compact": config.compact.enabled, "base": config.recover.base, "alpha": config.train.alpha}
+        | {"base_name": base_name(config.model, Path(str(config.run)))}
     ),
     run,
 )

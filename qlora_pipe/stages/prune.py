@@ -6,7 +6,7 @@ from torch import Tensor
 from prune.exceptions import PruneError
 from prune.groups import ROLES
 from prune.indexmap import IndexMap
-from prune.saliency import GroupScores, random
+from prune.saliency import GroupScores, activation, random
 from prune.select import select
 from qlora_pipe import layouts
 from qlora_pipe.architectures import linear_name
@@ -63,19 +63,28 @@ def _scores(context: Context) -> list[dict[str, Tensor]]:
     generator = torch.Generator().manual_seed(config.seed)
     reader = context.reader("decompose")
     found = []
+    moments = context.reader("calibrate", "moments")
+
+    def weight(layer: int, role: str) -> Tensor:
+        name = linear_name(layer, role)
+        shape = layouts.packed_shape(known.architecture, layer, role, known.allocation[name], config.decompose)
+        return read_packed(reader.read, name, shape).dequantized()
+
     with context.reporter.progress("scoring groups", len(known.architecture.layers)) as advance:
         for layer, shape in enumerate(known.architecture.layers):
             if config.prune.method == "random":
                 found.append(random(shape, generator))
-            else:
+            elif config.prune.method == "magnitude":
                 groups = GroupScores(shape)
                 for role in ROLES:
-                    name = linear_name(layer, role)
-                    packed = layouts.packed_shape(
-                        known.architecture, layer, role, known.allocation[name], config.decompose
-                    )
-                    groups.add(role, read_packed(reader.read, name, packed).dequantized())
+                    groups.add(role, weight(layer, role))
                 found.append(groups.scores())
+            else:
+                scores = {}
+                for kind, role in (("kv", "o"), ("ffn", "down")):
+                    squares = moments.read(f"{linear_name(layer, role)}.input")
+                    scores[kind] = activation(role, weight(layer, role), squares, shape)
+                found.append(scores)
             advance()
     return found
 
@@ -83,7 +92,7 @@ def _scores(context: Context) -> list[dict[str, Tensor]]:
 STAGE = Stage(
     "prune",
     1,
-    ("decompose", "allocate"),
+    ("calibrate", "allocate", "decompose"),
     lambda config: {"seed": config.seed} | config.prune.model_dump(mode="json"),
     run,
 )

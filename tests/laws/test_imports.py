@@ -53,9 +53,7 @@ def forbidden(path: Path, source: str) -> list[str]:
 @pytest.mark.parametrize("package", OURS)
 def test_packages_import_only_what_they_may(package: str) -> None:
     files = sorted((ROOT / package).rglob("*.py"))
-    found = {
-        str(file.relative_to(ROOT)): forbidden(file.relative_to(ROOT), file.read_text()) for file in files
-    }
+    found = {str(file.relative_to(ROOT)): forbidden(file.relative_to(ROOT), file.read_text()) for file in files}
     assert files
     assert {name: names for name, names in found.items() if names} == {}
 
@@ -85,9 +83,7 @@ def heavy_after(statements: str) -> set[str]:
     """Heavy modules that a fresh interpreter holds after `statements`."""
     script = f"{statements}\nimport json, sys\nprint(json.dumps(sorted(sys.modules)), file=sys.stderr)"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=False
-    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
     return HEAVY & set(json.loads(done.stderr.splitlines()[-1]))
 

@@ -44,16 +44,12 @@ def test_commands_exist() -> None:
 
 def test_linked_files_exist() -> None:
     links = re.findall(r"\]\(([^)#:]+)\)", README)
-    files = [
-        word for line in code(README) for word in re.findall(r"\b(?:examples|docs|benchmarks)/[\w./-]+", line)
-    ]
+    files = [word for line in code(README) for word in re.findall(r"\b(?:examples|docs|benchmarks)/[\w./-]+", line)]
     assert [name for name in (*links, *files) if not (ROOT / name).exists()] == []
 
 
 def test_the_law_sees_what_is_missing() -> None:
-    lines = code(
-        "Do make nothing, but `make demo`.\n\n```sh\nmake PYTHON=python3.12 lost\nqlora-pipe plan x\n```\n"
-    )
+    lines = code("Do make nothing, but `make demo`.\n\n```sh\nmake PYTHON=python3.12 lost\nqlora-pipe plan x\n```\n")
     assert named("make", lines) == {"demo", "lost"}
     assert named("qlora-pipe", lines) == {"plan"}
     assert missing_targets({"demo", "lost", "bench-x"}, "demo: a\n\tb\nbench-%: c\n") == {"lost"}

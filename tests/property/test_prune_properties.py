@@ -50,9 +50,7 @@ def whole_numbers(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
 
 
 @RELAXED
-@given(
-    index_map=index_maps(1), role=st.sampled_from(ROLES), rank=st.integers(1, 4), seed=st.integers(0, 2**32)
-)
+@given(index_map=index_maps(1), role=st.sampled_from(ROLES), rank=st.integers(1, 4), seed=st.integers(0, 2**32))
 def test_restrict_undoes_scatter_bit_for_bit(index_map: IndexMap, role: str, rank: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     out, fan_in = shape_of(role, index_map.kept_shape(0))
@@ -68,9 +66,7 @@ def test_restrict_undoes_scatter_bit_for_bit(index_map: IndexMap, role: str, ran
 
 
 @RELAXED
-@given(
-    index_map=index_maps(1), role=st.sampled_from(ROLES), rank=st.integers(1, 4), seed=st.integers(0, 2**32)
-)
+@given(index_map=index_maps(1), role=st.sampled_from(ROLES), rank=st.integers(1, 4), seed=st.integers(0, 2**32))
 def test_slicing_the_sum_is_summing_the_slices(index_map: IndexMap, role: str, rank: int, seed: int) -> None:
     # (Q + L1 L2 + R(T))[I, J] = Q[I, J] + L1[I] L2[:, J] + T, exactly.
     generator = torch.Generator().manual_seed(seed)
@@ -161,8 +157,6 @@ def test_selection_keeps_the_best_of_every_unprotected_layer(
         assert len(kept.kv_heads) == kept_count(shape.kv_heads, ratio, 1)
         assert len(kept.ffn) == kept_count(shape.ffn, ratio, align)
         for kind, stay in (("kv", kept.kv_heads), ("ffn", kept.ffn)):
-            ranked = sorted(
-                range(shape.group_count(kind)), key=lambda g: (-float(scores[number][kind][g]), g)
-            )
+            ranked = sorted(range(shape.group_count(kind)), key=lambda g: (-float(scores[number][kind][g]), g))
             assert stay == tuple(sorted(ranked[: len(stay)]))
         assert set(harsher.layers[number].ffn) <= set(kept.ffn)

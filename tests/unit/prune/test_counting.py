@@ -54,9 +54,7 @@ def test_published_counts_of_pruned_models(model: str, ratio: float, count: int)
     ("model", "published", "with_constants", "with_embeddings"),
     [("llama2-70b", 16.95, 16.43, 15.04), ("llama3.1-70b", 15.81, 15.32, 11.45)],
 )
-def test_reduction_ratios(
-    model: str, published: float, with_constants: float, with_embeddings: float
-) -> None:
+def test_reduction_ratios(model: str, published: float, with_constants: float, with_embeddings: float) -> None:
     shape, layers, vocab = MODELS[model]
     whole = parameter_count([shape] * layers, vocab, tied=False)
     small = loram_count(model, 0.85)

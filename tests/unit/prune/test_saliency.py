@@ -4,7 +4,7 @@ from torch import Tensor
 
 from prune.exceptions import PruneError
 from prune.groups import ROLES, LayerShape, shape_of
-from prune.saliency import GroupScores, magnitude, random
+from prune.saliency import GroupScores, activation, magnitude, random
 
 # One in each attention family; 300 channels cross the row block of the reduction.
 SHAPES = {
@@ -70,9 +70,7 @@ def test_weights_are_comparable_whatever_their_scale() -> None:
     weights = layer_weights(shape)
     before = magnitude(weights, shape)
     # Powers of two scale every square exactly.
-    after = magnitude(
-        {role: weight * 2.0**place for place, (role, weight) in enumerate(weights.items())}, shape
-    )
+    after = magnitude({role: weight * 2.0**place for place, (role, weight) in enumerate(weights.items())}, shape)
     assert all(torch.equal(before[kind], after[kind]) for kind in before)
 
 
@@ -128,3 +126,25 @@ def test_random_follows_its_generator() -> None:
     assert all(values.dtype == torch.float64 for values in first.values())
     assert all(torch.equal(first[kind], again[kind]) for kind in first)
     assert not torch.equal(first["ffn"], other["ffn"])
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("role", ["o", "down"])
+def test_activation_is_the_expected_output_change(role: str, shape: LayerShape) -> None:
+    weight = layer_weights(shape)[role]
+    # Inputs that are exactly uncorrelated: one feature at a time.
+    inputs = torch.diag(torch.rand(weight.shape[1], generator=torch.Generator().manual_seed(1)))
+    found = activation(role, weight, inputs.square().mean(dim=0), shape)
+    groups = torch.arange(weight.shape[1]) // (weight.shape[1] // len(found))
+    for group in range(len(found)):
+        removed = inputs.double() * (groups == group)
+        expected = (removed @ weight.double().T).square().sum(dim=1).mean()
+        torch.testing.assert_close(found[group], expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("role", ["q", "gate"])
+def test_activation_refuses_roles_whose_rows_are_pruned(role: str) -> None:
+    shape = SHAPES["gqa"]
+    weight = layer_weights(shape)[role]
+    with pytest.raises(PruneError, match="expected o or down"):
+        activation(role, weight, torch.ones(weight.shape[1]), shape)

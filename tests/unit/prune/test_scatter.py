@@ -72,9 +72,7 @@ def test_grouped_query_example() -> None:
     index_map = IndexMap((LayerKept((1,), (0, 1)),), (shape,))
     for role, zero, rows in (("q", 4, 4), ("k", 2, 2)):
         b = torch.arange(1.0, rows + 1).reshape(rows, 1)
-        _, wide = scatter_adapter(
-            torch.ones(1, 3), b, role, index_map.kept_indices(0, role), (zero + rows, 3)
-        )
+        _, wide = scatter_adapter(torch.ones(1, 3), b, role, index_map.kept_indices(0, role), (zero + rows, 3))
         assert wide[:, 0].tolist() == [0.0] * zero + b[:, 0].tolist()
 
 

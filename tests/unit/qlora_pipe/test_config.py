@@ -31,8 +31,7 @@ def test_every_setting_is_described() -> None:
         f"{section.__name__}.{name}"
         for section in sections(Section)
         for name, field in section.model_fields.items()
-        if not field.description
-        and not (isinstance(field.annotation, type) and issubclass(field.annotation, Section))
+        if not field.description and not (isinstance(field.annotation, type) and issubclass(field.annotation, Section))
     ]
     assert bare == []
 

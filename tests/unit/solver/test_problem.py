@@ -72,7 +72,8 @@ def test_refuses_a_loss_that_is_not_finite_and_positive(loss):
             (9, (Item("q", TWO), Item("k", TWO)), (("q", "k"),), {"q": "a", "k": "b"}),
             "'q' to 'a', 'k' to 'b'",
         ),
-        ((9, (Item("q", (Choice("a", 2**62, 0.0),)),)), "total cost can reach"),
+        ((9, (Item("q", (Choice("a", 2**62, 0.0),)),)), "a cost of 4611686018427387904 is over"),
+        ((9, tuple(Item(n, (Choice("a", 2**61, 0.0),)) for n in "qk")), "total cost can reach"),
         ((9, tuple(Item(n, (Choice("a", 1, 1.5e308),)) for n in "qk")), "total loss overflows"),
     ],
 )
@@ -90,3 +91,11 @@ def test_ties_that_share_an_item_merge_and_groups_keep_item_order():
 def test_agreeing_fixed_choices_within_a_tie_are_accepted():
     problem = Problem(9, (Item("q", TWO), Item("k", TWO)), (("q", "k"),), {"q": "a", "k": "a"})
     assert problem.fixed == {"q": "a", "k": "a"}
+
+
+def test_numbers_are_gathered_once_in_item_order_and_cannot_be_changed():
+    problem = Problem(9, (Item("q", THREE), Item("k", (Choice("a", 7, 5),))))
+    assert problem.costs.tolist() == [1, 2, 3, 7]
+    assert problem.losses.tolist() == [2.0, 1.0, 0.0, 5.0]
+    with pytest.raises(ValueError, match="read-only"):
+        problem.costs[0] = 0
