@@ -50,7 +50,7 @@ def solve(problem: Problem, *, exact: bool = True, time_limit: float = 60.0) -> 
     Raises:
         Infeasible: when the cheapest assignment is over the budget.
 
-    Peak memory is about 80 bytes per padded table entry, and up to 500 MB more when the core is hard.
+    Peak memory is about 100 bytes per padded table entry, and up to 500 MB more when the core is hard.
     """
     start = time.perf_counter()
     table = tabulate(problem)

@@ -12,7 +12,7 @@ import numpy as np
 
 from solver.errors import Infeasible
 from solver.problem import Problem
-from solver.table import Floats, Ints, Table, tabulate
+from solver.table import Bools, Floats, Ints, Table, tabulate
 
 __all__ = [
     "Frontier",
@@ -51,18 +51,25 @@ def nondominated(table: Table) -> Reduced:
     """Drop every choice for which another costs no more and loses no more (equals: the first stays)."""
     cost = np.where(table.allowed, table.cost, np.iinfo(np.int64).max)
     loss = np.where(table.allowed, table.loss, np.inf)
-    order = np.lexsort((loss, cost), axis=-1)
+    order = np.argsort(cost, axis=1, kind="stable")
     loss = np.take_along_axis(loss, order, axis=1)
-    keep = np.ones(loss.shape, dtype=np.bool_)
-    keep[:, 1:] = loss[:, 1:] < np.minimum.accumulate(loss, axis=1)[:, :-1]
+    falls = np.ones(loss.shape, dtype=np.bool_)
+    falls[:, 1:] = loss[:, 1:] < np.minimum.accumulate(loss, axis=1)[:, :-1]
+    falling = _keep(Reduced(order, np.take_along_axis(cost, order, axis=1), loss, order[:, 0]), falls)
+    # Losses fall now, so where costs are equal only the last is left; a row's own last always is.
+    last = np.arange(falling.cost.shape[1]) < falling.count[:, None]
+    last[:, :-1] &= (falling.cost[:, :-1] != falling.cost[:, 1:]) | ~last[:, 1:]
+    return _keep(falling, last)
 
+
+def _keep(rows: Reduced, keep: Bools) -> Reduced:
+    """Move the kept entries of each row to its left, in order, and trim the width."""
     count = np.count_nonzero(keep, axis=1)
     left = np.argsort(~keep, axis=1, kind="stable")[:, : count.max()]
     valid = np.arange(left.shape[1]) < count[:, None]
-    index = np.take_along_axis(order, left, axis=1)
-    cost = np.where(valid, np.take_along_axis(cost, index, axis=1), 0)
-    loss = np.where(valid, np.take_along_axis(loss, left, axis=1), np.inf)
-    return Reduced(index, cost, loss, count)
+    cost = np.where(valid, np.take_along_axis(rows.cost, left, axis=1), 0)
+    loss = np.where(valid, np.take_along_axis(rows.loss, left, axis=1), np.inf)
+    return Reduced(np.take_along_axis(rows.index, left, axis=1), cost, loss, count)
 
 
 def require_feasible(problem: Problem, table: Table, reduced: Reduced) -> None:

@@ -8,7 +8,11 @@ import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from solver.errors import InvalidProblem
 
@@ -45,6 +49,10 @@ class Problem:
         ties: groups of item names that must take the same choice *index*; groups that share an item merge.
         fixed: item name to the name of the choice it must take; within a tie it fixes all by index.
 
+    Attributes:
+        costs: int64, and losses: float64, of all choices in item order, read-only; gathered once, so that solving
+            costs no walk over the choices.
+
     Raises:
         InvalidProblem: on anything malformed, naming the item and choice.
     """
@@ -53,10 +61,17 @@ class Problem:
     items: tuple[Item, ...]
     ties: tuple[tuple[str, ...], ...] = ()
     fixed: Mapping[str, str] = field(default_factory=dict)
+    costs: NDArray[np.int64] = field(init=False, repr=False, compare=False)
+    losses: NDArray[np.float64] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         _check_integer(self.budget, "budget")
-        _check_items(self.items)
+        _check_names(self.items)
+        costs, losses = _numbers(self.items)
+        _check_totals(self.items, costs, losses)
+        for name, numbers in (("costs", costs), ("losses", losses)):
+            numbers.flags.writeable = False
+            object.__setattr__(self, name, numbers)
         index = self.item_index()
         _check_ties(self, index)
         _check_fixed(self, index)
@@ -160,12 +175,10 @@ def _check_choice(item: Item, choice: Choice) -> None:
         raise InvalidProblem(f"the loss of {where} must be finite and not negative, found {choice.loss!r}")
 
 
-def _check_items(items: tuple[Item, ...]) -> None:
+def _check_names(items: tuple[Item, ...]) -> None:
     if not items:
         raise InvalidProblem("the problem has no items")
     seen: set[str] = set()
-    dearest = 0
-    worst = 0.0
     for position, item in enumerate(items):
         _check_name(item.name, f"item {position}")
         if item.name in seen:
@@ -173,16 +186,33 @@ def _check_items(items: tuple[Item, ...]) -> None:
         seen.add(item.name)
         if not item.choices:
             raise InvalidProblem(f"item {item.name!r} has no choice")
-        for choice in item.choices:
-            _check_name(choice.name, f"a choice of item {item.name!r}")
-            _check_choice(item, choice)
-        if len({choice.name for choice in item.choices}) != len(item.choices):
+        names = [choice.name for choice in item.choices]
+        for name in names:
+            _check_name(name, f"a choice of item {item.name!r}")
+        if len(set(names)) != len(names):
             raise InvalidProblem(f"item {item.name!r} has two choices of the same name")
-        dearest += max(choice.cost for choice in item.choices)
-        worst += max(choice.loss for choice in item.choices)
+
+
+def _numbers(items: tuple[Item, ...]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """All costs and losses, in item order. Looks at single choices only when something is unusual."""
+    costs = [choice.cost for item in items for choice in item.choices]
+    losses = [choice.loss for item in items for choice in item.choices]
+    usual = set(map(type, costs)) == {int} and set(map(type, losses)) == {float}
+    if not (usual and min(costs) >= 0 and all(map(math.isfinite, losses)) and min(losses) >= 0):
+        for item in items:
+            for choice in item.choices:
+                _check_choice(item, choice)
+    if (largest := max(costs)) > MAX_TOTAL_COST:
+        raise InvalidProblem(f"a cost of {largest} is over {MAX_TOTAL_COST}: use a coarser unit")
+    return np.array(costs, dtype=np.int64), np.array(losses, dtype=np.float64)
+
+
+def _check_totals(items: tuple[Item, ...], costs: NDArray[np.int64], losses: NDArray[np.float64]) -> None:
+    starts = list(accumulate((len(item.choices) for item in items[:-1]), initial=0))
+    dearest = sum(np.maximum.reduceat(costs, starts).tolist())
     if dearest > MAX_TOTAL_COST:
-        raise InvalidProblem(f"total cost can reach {dearest}, over the limit of {MAX_TOTAL_COST}: use a coarser unit")
-    if not math.isfinite(worst):
+        raise InvalidProblem(f"total cost can reach {dearest}, over {MAX_TOTAL_COST}: use a coarser unit")
+    if not math.isfinite(sum(np.maximum.reduceat(losses, starts).tolist())):
         raise InvalidProblem("the total loss overflows a double: scale the losses down")
 
 

@@ -73,8 +73,8 @@ def test_refuses_a_loss_that_is_not_finite_and_positive(loss):
             "'q' to 'a', 'k' to 'b'",
         ),
         ((9, (Item("q", (Choice("a", 2**62, 0.0),)),)), "a cost of 4611686018427387904 is over"),
-        ((9, tuple(Item(n, (Choice("a", 2**61, 0.0),)) for n in "qk")), "total cost can reach"),
-        ((9, tuple(Item(n, (Choice("a", 1, 1.5e308),)) for n in "qk")), "total loss overflows"),
+        ((9, tuple(Item(n, (TWO[1], Choice("a", 2**61, 0.0))) for n in "qk")), "total cost can reach"),
+        ((9, tuple(Item(n, (TWO[1], Choice("a", 1, 1.5e308))) for n in "qk")), "total loss overflows"),
     ],
 )
 def test_refuses_a_contradiction(arguments, reason):
