@@ -8,16 +8,15 @@ ratios of the pairs. Seconds are wall time of forward + backward. Saved bytes ar
 autograd keeps, weights and input included. A bar is the largest ratio that is accepted.
 """
 
-import argparse
 import gc
-import json
 import statistics
 import time
 import warnings
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
 
+import rows
 import torch
+from rows import Row
 from torch import Tensor, nn
 
 from quant import grid
@@ -80,7 +79,7 @@ def saved_bytes(module: nn.Module, x: Tensor) -> int:
     return sum(saved.values())
 
 
-def paired(measure: str, ours: Step, peer: Step, bar: float | None, repeats: int) -> dict[str, object]:
+def paired(measure: str, ours: Step, peer: Step, bar: float | None, repeats: int) -> Row:
     """Row of times; ``bar`` is the largest accepted ratio ours / peer."""
     for warm in (ours, peer, ours, peer):
         warm()
@@ -93,29 +92,27 @@ def paired(measure: str, ours: Step, peer: Step, bar: float | None, repeats: int
             times[slot].append(time.perf_counter() - start)
     ratios = [a / b for a, b in zip(*times, strict=True)]
     quartiles = statistics.quantiles(ratios, n=4)
-    row = result(measure, statistics.median(times[0]), statistics.median(times[1]), bar)
-    row |= {"ratio": statistics.median(ratios), "spread": quartiles[2] - quartiles[0]}
-    row["holds"] = None if bar is None else statistics.median(ratios) <= bar
-    return row
+    medians = statistics.median(times[0]), statistics.median(times[1])
+    return row(measure, *medians, statistics.median(ratios), bar, quartiles[2] - quartiles[0])
 
 
-def result(measure: str, ours: float, peer: float, bar: float | None) -> dict[str, object]:
-    ratio = ours / peer
-    holds = None if bar is None else ratio <= bar
-    return {
-        "measure": measure,
-        "ours": ours,
-        "peer": peer,
-        "ratio": ratio,
-        "bar": bar,
-        "holds": holds,
-        "spread": 0.0,
-    }
+def row(measure: str, ours: float, peer: float, ratio: float, bar: float | None, spread: float = 0.0) -> Row:
+    """A row whose ratio, ours / peer, may be at most ``bar``."""
+    text = "-" if bar is None else f"<= {bar:g}"
+    return Row(measure, ours, peer, ratio, text, None if bar is None else ratio <= bar, spread)
 
 
-def rows(repeats: int) -> list[dict[str, object]]:
+def sizes(measure: str, ours: int, peer: int, bar: float) -> Row:
+    return row(measure, ours, peer, ours / peer, bar)
+
+
+def measure(short: bool) -> Iterator[Row]:
+    """Every row; the short form repeats less."""
     from peft import LoraConfig, inject_adapter_in_model
 
+    warnings.filterwarnings("ignore", category=UserWarning, module="peft")
+    gc.disable()
+    repeats = 9 if short else 41
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(TOKENS, IN, generator=generator, requires_grad=True)
     grad_y = torch.randn(TOKENS, OUT, generator=generator)
@@ -126,37 +123,15 @@ def rows(repeats: int) -> list[dict[str, object]]:
     torch.testing.assert_close(plain(x), ours(x), rtol=1e-4, atol=1e-4)
     config = LoraConfig(r=RANK, lora_alpha=2 * RANK, lora_dropout=0.0, target_modules=["0"])
     lora = inject_adapter_in_model(config, nn.Sequential(linear))
-    found = [
-        paired("L4Q step seconds / PEFT LoRA", step(ours, x, grad_y), step(lora, x, grad_y), 1.6, repeats),
-        paired("L4Q step seconds / plain autograd", step(ours, x, grad_y), step(plain, x, grad_y), 1.0, repeats),
-        result("L4Q saved bytes / PEFT LoRA", saved_bytes(ours, x), saved_bytes(lora, x), 1.1),
-        result("L4Q saved bytes / plain autograd", saved_bytes(ours, x), saved_bytes(plain, x), 0.5),
-    ]
+    yield paired("L4Q step seconds / PEFT LoRA", step(ours, x, grad_y), step(lora, x, grad_y), 1.6, repeats)
+    yield paired("L4Q step seconds / plain autograd", step(ours, x, grad_y), step(plain, x, grad_y), 1.0, repeats)
+    yield sizes("L4Q saved bytes / PEFT LoRA", saved_bytes(ours, x), saved_bytes(lora, x), 1.1)
+    yield sizes("L4Q saved bytes / plain autograd", saved_bytes(ours, x), saved_bytes(plain, x), 0.5)
     frozen = nn.Linear(IN, OUT, bias=False).requires_grad_(False)
     for bits in (3, 4):
         name = f"PackedLinear {bits}-bit rank 32 step seconds / frozen nn.Linear"
-        run = step(packed(weight, bits), x, grad_y)
-        found.append(paired(name, run, step(frozen, x, grad_y), None, repeats))
-    return found
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--short", action="store_true", help="fewer repeats")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows as JSON")
-    arguments = parser.parse_args()
-    warnings.filterwarnings("ignore", category=UserWarning, module="peft")
-    gc.disable()
-    found = rows(repeats=9 if arguments.short else 41)
-    for row in found:
-        verdict = {True: "holds", False: "DOES NOT HOLD", None: "no bar"}[row["holds"]]  # type: ignore[index]
-        print(
-            f"{row['measure']:<62} ours {row['ours']:.4g}  peer {row['peer']:.4g}  ratio {row['ratio']:.2f}"
-            f" +- {row['spread']:.2f}  bar {row['bar']}  {verdict}"
-        )
-    if arguments.json:
-        arguments.json.write_text(json.dumps(found, indent=2) + "\n")
+        yield paired(name, step(packed(weight, bits), x, grad_y), step(frozen, x, grad_y), None, repeats)
 
 
 if __name__ == "__main__":
-    main()
+    rows.run("One L4Q training step beside plain autograd and PEFT's LoRA.", measure)

@@ -17,7 +17,7 @@ from qlora_pipe.events import Reporter
 from qlora_pipe.hf.model import check_device
 from qlora_pipe.hf.source import fetch
 from qlora_pipe.known import CHAIN
-from qlora_pipe.meter import Meter, give_back_large_blocks
+from qlora_pipe.meter import Meter
 from qlora_pipe.plan import check_memory, know, plan_known
 from qlora_pipe.sources import BASE_LINK, find_model, model_files
 from qlora_pipe.stages import (
@@ -61,7 +61,6 @@ def compile_model(
     """
     assert config.run is not None
     check_device(config.device)
-    give_back_large_blocks()
     store = Store(Path(config.run))
     with store.lock():
         run = _Run(config, reporter, store)

@@ -1,6 +1,5 @@
 """Building transformers models whose linear maps we choose, layer by layer, from tensors on disk."""
 
-import gc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from qlora_pipe.architectures import Architecture
 from qlora_pipe.errors import DeviceError, SourceError
 from qlora_pipe.hf.source import quiet
+from qlora_pipe.meter import release_memory
 
 Model = PreTrainedModel
 """The type of every model of the chain."""
@@ -33,8 +33,8 @@ def build(
     heads off the tensors, and the ratio of query to key heads is the same everywhere.
     """
     quiet()
-    # A model is full of reference cycles: the last one must be gone before the next is built.
-    gc.collect()
+    # The last model, full of reference cycles, must be gone before the next one is built.
+    release_memory()
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
     for layer, role, name in architecture.linears():

@@ -1,6 +1,6 @@
 """Ours against a plain PuLP/CBC model of the same instance, in the same run.
 
-    python benchmarks/solver.py [--short] [--json FILE] [--repeats N]
+    python benchmarks/allocation.py [--short] [--json FILE]
 
 Instances are synthetic but realistic: Llama shapes, heavy-tailed sensitivities, double-quantised storage.
 Times are medians; spread is (largest - smallest) / median of ours over the repeats. Both sides start from the
@@ -8,24 +8,18 @@ same problem object. The peer is asked for no more than ours: a relative gap of 
 certified gap, gap 0 where ours proves the optimum. A bar that does not hold is printed as such.
 """
 
-import argparse
 import itertools
-import json
 import math
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
-from pathlib import Path
 
-# This file has the package's name: the folder it lies in must not be where `import solver` looks first.
-sys.path[0] = str(Path(__file__).resolve().parent.parent)
+import numpy as np
+import pulp
+import rows
+from rows import Row
 
-import numpy as np  # noqa: E402
-import pulp  # noqa: E402
-
-from solver import Choice, Item, Problem, Solution, check, frontier, solve  # noqa: E402
+from solver import Choice, Item, Problem, Solution, check, frontier, solve
 
 CERTIFIED_GAP = 2e-4
 # Seconds after which the peer is stopped; its row then says so, and the ratio is at least what is printed.
@@ -48,27 +42,14 @@ GRIDS = {
 }
 
 
-@dataclass(frozen=True)
-class Row:
-    """One line of the table: ``ratio`` is peer / ours, held against ``bar``; without a peer, ours is."""
-
-    measure: str
-    ours: float
-    peer: float | None
-    ratio: float | None
-    bar: str
-    holds: bool
-    spread: float
-
-
 def llama(layers: int, configs: int, bits: float, seed: int) -> Problem:
     """Matrices of a Llama model by quantiser configurations; costs in bytes, budget of ``bits`` a weight."""
     rng = np.random.default_rng(seed)
     grid = GRIDS[configs]
     names = ["-".join(str(part) for part in config) for config in grid]
     items, weights = [], 0
-    for layer, (name, rows, columns) in itertools.product(range(layers), LLAMA_70B):
-        size = rows * columns
+    for layer, (name, height, width) in itertools.product(range(layers), LLAMA_70B):
+        size = height * width
         weights += size
         sensitivity = math.exp(rng.normal(0.0, 1.5)) / size**0.5
         choices = []
@@ -144,8 +125,9 @@ def alone(name: str, run: Callable[[], object], limit: float) -> Row:
     return Row(f"{name}, s", ours, None, None, f"<= {limit:g} s", ours <= limit, spread)
 
 
-def measure(short: bool, repeats: int) -> Iterator[Row]:
+def measure(short: bool) -> Iterator[Row]:
     """All rows; the short form keeps every measure but on small instances."""
+    repeats = 1 if short else 3
     layers, limit = (32, PEER_LIMIT_SHORT) if short else (80, PEER_LIMIT)
     for configs in (108,) if short else (108, 243):
         for bits in (3.0,) if short else (2.5, 2.75, 3.0, 3.5):
@@ -162,24 +144,5 @@ def measure(short: bool, repeats: int) -> Iterator[Row]:
     yield alone(f"{len(many.items)} x 50, {state}", lambda: solve(many), 60.0)
 
 
-def main() -> None:
-    """Print the table, and write it as JSON where asked."""
-    parser = argparse.ArgumentParser(description="Time the allocation solver beside plain PuLP/CBC.")
-    parser.add_argument("--short", action="store_true", help="small instances, seconds in all")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows here")
-    parser.add_argument("--repeats", type=int, default=3, help="runs of the peer a row (default 3)")
-    arguments = parser.parse_args()
-    rows = []
-    print(f"{'measure':<60}{'ours':>10}{'peer':>10}{'ratio':>9}  {'bar':<9}{'holds':<7}{'spread':>7}")
-    for row in measure(arguments.short, arguments.repeats):
-        rows.append(row)
-        peer = "-" if row.peer is None else f"{row.peer:.3f}"
-        ratio = "-" if row.ratio is None else f"{row.ratio:.1f}"
-        verdict = f"  {row.bar:<9}{'yes' if row.holds else 'NO':<7}{row.spread:>7.0%}"
-        print(f"{row.measure:<60}{row.ours:>10.4f}{peer:>10}{ratio:>9}{verdict}", flush=True)
-    if arguments.json:
-        arguments.json.write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n", encoding="utf-8")
-
-
 if __name__ == "__main__":
-    main()
+    rows.run("Time the allocation solver beside plain PuLP/CBC.", measure)

@@ -1,0 +1,42 @@
+"""The one form of every benchmark: rows of a measure, ours beside a peer, in one run."""
+
+import argparse
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measure. `ratio` is said by `bar` to be one way round ("<= 1.6", ours / peer) or the other (">= 15x").
+
+    `holds` is None where no bar is set; `spread` is in the units of `ratio`, or of `ours` without a peer.
+    """
+
+    measure: str
+    ours: float
+    peer: float | None
+    ratio: float | None
+    bar: str
+    holds: bool | None
+    spread: float
+
+
+def run(description: str, measure: Callable[[bool], Iterator[Row]]) -> None:
+    """Parse --short and --json, print each row as it comes; a bar that does not hold is printed like any other."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--short", action="store_true", help="smaller instances or fewer repeats")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows here")
+    arguments = parser.parse_args()
+    print(f"{'measure':<72}{'ours':>12}{'peer':>12}{'ratio':>10}  {'bar':<10}{'holds':<7}{'spread':>10}")
+    rows = []
+    for row in measure(arguments.short):
+        rows.append(asdict(row))
+        peer = "-" if row.peer is None else f"{row.peer:.4g}"
+        ratio = "-" if row.ratio is None else f"{row.ratio:.4g}"
+        holds = {True: "yes", False: "NO", None: "-"}[row.holds]
+        figures = f"{row.ours:>12.4g}{peer:>12}{ratio:>10}  {row.bar:<10}{holds:<7}{row.spread:>10.2g}"
+        print(f"{row.measure:<72}{figures}", flush=True)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(rows, indent=2) + "\n")
