@@ -34,6 +34,7 @@ def write_dense(
             if not torch.isfinite(torch.stack(torch.aminmax(tensor))).all():
                 raise WeightError(f"tensor {name} overflows {dtype}; set export.dtype to bfloat16 or float32")
             writer.write(name, tensor)
+            del tensor  # before the next one is read
     (folder / "config.json").write_text(json.dumps(config | {"dtype": dtype}, indent=2) + "\n")
     for path in sorted(base.iterdir()):
         if is_tokenizer(path):

@@ -38,7 +38,9 @@ def summed_loss(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
     The head sees scored positions only, 256 at a time, recomputed in the backward pass. Peak bytes beyond the hidden
     states: about 4 x 256 x vocabulary floats.
     """
-    hidden = model.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
+    hidden = model.model(
+        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
+    ).last_hidden_state
     targets = batch["labels"][:, 1:]
     keep = targets != IGNORED
     states, wanted = hidden[:, :-1][keep], targets[keep]

@@ -55,7 +55,7 @@ def rows(
             if len(found) == count:
                 break
     if not found:
-        raise DataError(f"{name}: too short, not one row of {length} tokens; give more text or a smaller length")
+        raise DataError(f"{name}: too short, not one row of {length} tokens; give more text or another length")
     return found
 
 
@@ -85,11 +85,19 @@ def collate(batch: Sequence[Row]) -> dict[str, Tensor]:
 
 
 def _windows(tokenizer: PreTrainedTokenizerBase, text: str, length: int) -> list[Row]:
-    prefix = tuple(tokenizer("").input_ids)
+    prefix = _first_tokens(tokenizer)
     ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
     step = length - len(prefix)
+    if length < 2 or step < 1:
+        return []  # a window must hold a token that is predicted
     cuts = (tuple(ids[start : start + step]) for start in range(0, len(ids) - step + 1, step))
     return [Row(prefix + cut, prefix + cut) for cut in cuts]
+
+
+def _first_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """What the tokenizer itself puts before a text; what some put after it has no place in front."""
+    bare, whole = tokenizer("a", add_special_tokens=False).input_ids, tokenizer("a").input_ids
+    return tuple(whole[: whole.index(bare[0])])
 
 
 def _turn(tokenizer: PreTrainedTokenizerBase, record: Record, length: int) -> Row:
@@ -101,10 +109,10 @@ def _turn(tokenizer: PreTrainedTokenizerBase, record: Record, length: int) -> Ro
         before = tokenizer.apply_chat_template(user, tokenize=False, add_generation_prompt=True)
         whole = tokenizer.apply_chat_template(both, tokenize=False)
         after = whole[len(before) :] if whole.startswith(before) else record.text + (tokenizer.eos_token or "")
-        prefix: list[int] = []
+        prefix: tuple[int, ...] = ()
     else:
         before, after = f"{record.prompt}\n", record.text + (tokenizer.eos_token or "")
-        prefix = tokenizer("").input_ids
+        prefix = _first_tokens(tokenizer)
     asked = [*prefix, *tokenizer(before, add_special_tokens=False).input_ids]
     answered = tokenizer(after, add_special_tokens=False).input_ids
     ids = (*asked, *answered)[:length]

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -49,16 +50,18 @@ def train(
     whole checkpoint in `work`. Peak bytes: the model, four fp32 copies of the trained parameters (value, gradient, two
     moments), activations of one batch.
     """
-    trainer = _SlotTrainer(
-        model=model,
-        args=_arguments(settings, work, seed, device),
-        train_dataset=list(rows),
-        data_collator=collate,
-        callbacks=[_Watch(reporter, settings.steps)],
-    )
-    trainer.remove_callback(PrinterCallback)
-    trainer.step_rate = step_rate
-    trainer.train(resume_from_checkpoint=_last_whole_checkpoint(work))
+    with ExitStack() as stack:
+        trainer = _SlotTrainer(
+            model=model,
+            args=_arguments(settings, work, seed, device),
+            train_dataset=list(rows),
+            data_collator=collate,
+            callbacks=[_Watch(reporter, settings.steps, stack)],
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.step_rate = step_rate
+        trainer.train(resume_from_checkpoint=_last_whole_checkpoint(work))
+    _check_finite(model, settings.steps)
     keep = ("step", "loss", "learning_rate", "grad_norm")
     return [{key: row[key] for key in keep if key in row} for row in trainer.state.log_history if "loss" in row]
 
@@ -143,14 +146,14 @@ class _SlotTrainer(Trainer):
 class _Watch(TrainerCallback):
     """Progress, positive step sizes, and the mark that makes a checkpoint whole."""
 
-    def __init__(self, reporter: Reporter, steps: int) -> None:
-        self._reporter, self._steps = reporter, steps
+    def __init__(self, reporter: Reporter, steps: int, stack: ExitStack) -> None:
+        self._reporter, self._steps, self._stack = reporter, steps, stack
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.global_step:
             self._reporter.event("resume", f"going on from step {state.global_step} of {self._steps}")
-        self._block = self._reporter.progress("training", self._steps - state.global_step)
-        self._advance = self._block.__enter__()
+        # The Trainer says nothing when it fails; the stack closes the bar all the same.
+        self._advance = self._stack.enter_context(self._reporter.progress("training", self._steps - state.global_step))
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -162,9 +165,6 @@ class _Watch(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._advance()
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self._block.__exit__(None, None, None)
-
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         files = {path.name: file_digest(path) for path in sorted(folder.iterdir()) if path.name != _WHOLE}
@@ -174,6 +174,13 @@ class _Watch(TrainerCallback):
 def trained_parameters(model: nn.Module) -> dict[str, Tensor]:
     """Name and value of every parameter that requires a gradient."""
     return {name: tensor.detach() for name, tensor in model.named_parameters() if tensor.requires_grad}
+
+
+def _check_finite(model: nn.Module, step: int) -> None:
+    """The loss of a step is that before it: what the last step did to the parameters no loss has shown yet."""
+    for name, tensor in trained_parameters(model).items():
+        if not torch.isfinite(tensor).all():
+            raise StageError(f"after step {step} {name} is not finite; lower the learning rate and run again")
 
 
 def _last_whole_checkpoint(work: Path) -> str | None:

@@ -1,0 +1,90 @@
+"""Tiny models in memory, through the same doors as the stages: dense, packed and L4Q linear maps."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from tiny import byte_tokenizer
+from torch import Tensor, nn
+
+from qlora_pipe.architectures import Architecture, from_config
+from qlora_pipe.artifacts.tensors import TensorReader
+from qlora_pipe.config import Decompose
+from qlora_pipe.hf.model import Model, build, dense_linear, load_config
+from qlora_pipe.hf.tokens import IGNORED, Row
+from qlora_pipe.layouts import packed_shape
+from qlora_pipe.stages.packing import block_format, packed_buffers, packed_linear, stored
+from quant.decompose import decompose
+from quant.fakequant import L4QLinear
+from quant.linear import PackedLinear
+from quant.storage import Choice
+
+CHOICE = Choice(4, 16, 4)
+
+
+class TinyFolder:
+    """A model folder as the stages see it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.config: dict[str, Any] = load_config(folder)
+        self.architecture: Architecture = from_config(self.config)
+        self.reader = TensorReader(folder)
+
+    def weight(self, role: str, name: str) -> tuple[Tensor, Tensor | None]:
+        bias = self.reader.read_float(f"{name}.bias") if role in self.architecture.biased else None
+        return self.reader.read_float(f"{name}.weight"), bias
+
+    def build(self, linear: Callable[[int, str, str], nn.Module], architecture: Architecture | None = None) -> Model:
+        return build(self.config, architecture or self.architecture, linear, self.reader.read_float, device="cpu")
+
+    def dense(self) -> Model:
+        return self.build(lambda layer, role, name: dense_linear(*self.weight(role, name)))
+
+    def packed(self, rank: int = 4) -> Model:
+        """Q + L1 L2 with an adapter to train on every linear map."""
+        generator = torch.Generator().manual_seed(0)
+
+        def linear(layer: int, role: str, name: str) -> nn.Module:
+            weight, bias = self.weight(role, name)
+            settings = Decompose()
+            result = decompose(
+                stored(weight, role),
+                block_format(CHOICE, settings),
+                CHOICE.rank,
+                generator=torch.Generator().manual_seed(0),
+                max_iterations=1,
+            )
+            shape = packed_shape(self.architecture, layer, role, CHOICE, settings)
+            return packed_linear(shape, packed_buffers(result.quantized, result.left, result.right, shape, bias))
+
+        model = self.build(linear)
+        for module in model.modules():
+            if isinstance(module, PackedLinear):
+                module.attach_adapter(rank, 2.0 * rank, generator)
+        return model
+
+    def l4q(self, bits: int = 4) -> Model:
+        """L4Q linear maps whose factors and steps are trained."""
+        generator = torch.Generator().manual_seed(0)
+
+        def linear(layer: int, role: str, name: str) -> nn.Module:
+            weight, bias = self.weight(role, name)
+            return L4QLinear(weight, bias, bits=bits, group_size=32, rank=4, alpha=2.0, generator=generator)
+
+        model = self.build(linear)
+        for module in model.modules():
+            if isinstance(module, L4QLinear):
+                for parameter in (module.lora_a, module.lora_b, module.scale):
+                    parameter.requires_grad_()
+        return model
+
+
+def byte_rows(texts: list[str], ignored: int = 0) -> list[Row]:
+    """One row a text; the first `ignored` tokens of each are not scored."""
+    tokenizer = byte_tokenizer()
+    found = []
+    for text in texts:
+        ids = tuple(tokenizer(text).input_ids)
+        found.append(Row(ids, (IGNORED,) * ignored + ids[ignored:]))
+    return found
