@@ -75,20 +75,21 @@ def compare(measure: str, ours: list[float], peer: list[float], bar: float) -> R
 
 
 def measure(short: bool) -> Iterator[Row]:
-    """3-bit codes with and without the low-rank part; allocated against uniform at the uniform model's bytes."""
+    """3-bit codes with and without the low-rank part; allocated against two uniform choices at their bytes."""
     count = 4 if short else 12
     low, _ = context(settings(*UNIFORM, "decompose.bits=[3]", "decompose.ranks=[16]"))
-    uniform = losses(low, count)
-    plain_context, _ = context(settings(*UNIFORM, "decompose.bits=[3]", "decompose.ranks=[0]"))
-    plain = losses(plain_context, count)
-    yield compare("NF3 block 64 + rank 16 / plain NF3 block 64", uniform, plain, 1.0)
-    budget = sum(low.known.files("decompose").values())
-    chosen, bits = context(settings(f"decompose.budget={budget}B"))
-    allocated = losses(chosen, count)
-    written = sum(chosen.known.files("decompose").values())
-    assert written <= budget
-    yield compare(f"allocated ({bits:.3f} bits) / uniform NF3 r16, equal bytes", allocated, uniform, 1.0)
-    yield compare("allocated / unquantised", allocated, losses(chosen, count, base=True), math.inf)
+    with_rank = losses(low, count)
+    plain, _ = context(settings(*UNIFORM, "decompose.bits=[3]", "decompose.ranks=[0]"))
+    yield compare("NF3 block 64 + rank 16 / plain NF3 block 64", with_rank, losses(plain, count), 1.0)
+    nf4, _ = context(settings(*UNIFORM, "decompose.bits=[4]", "decompose.ranks=[0]"))
+    for name, made, peer in (("NF3 rank 16", low, with_rank), ("plain NF4", nf4, losses(nf4, count))):
+        budget = sum(made.known.files("decompose").values())
+        chosen, bits = context(settings(f"decompose.budget={budget}B"))
+        assert sum(chosen.known.files("decompose").values()) <= budget
+        ours = losses(chosen, count)
+        yield compare(f"allocated / uniform {name}, equal bytes ({bits:.3f} bits)", ours, peer, 1.0)
+    unquantised = losses(nf4, count, base=True)
+    yield compare("plain NF4 block 64 / unquantised", peer, unquantised, math.inf)
 
 
 if __name__ == "__main__":

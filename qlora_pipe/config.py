@@ -198,7 +198,7 @@ class Config(Section):
     model: str = Field(description="hub id, local folder, .gguf file, or package:NAME")
     run: str | None = Field(None, description="run folder; default: runs/<name of this file>")
     seed: Count = Field(0, description="seed of everything random")
-    device: str = Field("cpu", description="where training and evaluation happen: cpu, cuda, cuda:1, mps")
+    device: str = Field("cpu", description="where training and evaluation happen: cpu, cuda, mps")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="compute dtype")
     memory: Memory = Field(default_factory=Memory, description="memory limits the plan is checked against")
     data: Data

@@ -106,9 +106,14 @@ def small_config(config: dict[str, Any], architecture: Architecture) -> dict[str
 
 
 def check_device(device: str) -> torch.device:
-    """The torch device of that name; raises DeviceError if this machine has none."""
+    """The torch device of that name; raises DeviceError if this machine has none, or if it is not the first of its kind."""
     try:
         found = torch.device(device)
+        if found.index:
+            raise DeviceError(
+                f"device {device!r}: training uses the first device it sees; set device to {found.type} and choose it "
+                "with CUDA_VISIBLE_DEVICES"
+            )
         torch.empty(1, device=found)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise DeviceError(

@@ -67,7 +67,7 @@ def train(
 
 
 def _arguments(settings: Optimisation, work: Path, seed: int, device: str) -> TrainingArguments:
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(work),
         max_steps=settings.steps,
         per_device_train_batch_size=settings.batch_size,
@@ -93,6 +93,10 @@ def _arguments(settings: Optimisation, work: Path, seed: int, device: str) -> Tr
         remove_unused_columns=False,
         dataloader_pin_memory=False,
     )
+    if arguments.device.type != "cpu":
+        # Otherwise the Trainer would wrap the model in DataParallel over every device of the machine.
+        arguments._n_gpu = 1
+    return arguments
 
 
 class _SlotTrainer(Trainer):
