@@ -17,6 +17,7 @@ MODULE = {role: f"self_attn.{role}_proj" for role in "qkvo"} | {
 
 EMBEDDING, HEAD, FINAL_NORM = "model.embed_tokens", "lm_head", "model.norm"
 _IGNORED = ("rotary_emb.inv_freq",)
+_MOST_LAYERS = 10_000
 _TWO_NORMS = ("input_layernorm", "post_attention_layernorm")
 _FOUR_NORMS = (*_TWO_NORMS, "pre_feedforward_layernorm", "post_feedforward_layernorm")
 
@@ -39,7 +40,7 @@ FAMILIES = (
     Family(("llama",), attention_bias_key=True, mlp_bias_key=True),
     Family(("mistral",)),
     Family(("qwen2",), bias_roles=("q", "k", "v")),
-    Family(("qwen3",), head_norms=True, attention_bias_key=True),
+    Family(("qwen3",), head_norms=True, attention_bias_key=True, head_dim_default=128),
     Family(("gemma",), attention_bias_key=True, tied_by_default=True, head_dim_default=256),
     Family(("gemma2",), norms=_FOUR_NORMS, attention_bias_key=True, tied_by_default=True, head_dim_default=256),
     Family(
@@ -122,18 +123,17 @@ def from_config(config: Mapping[str, Any]) -> Architecture:
         )
     try:
         hidden, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
-        shape = LayerShape(
-            hidden=hidden,
-            heads=heads,
-            kv_heads=int(config.get("num_key_value_heads") or heads),
-            head_dim=int(config.get("head_dim") or family.head_dim_default or hidden // heads),
-            ffn=int(config["intermediate_size"]),
-        )
-        count, vocab = int(config["num_hidden_layers"]), int(config["vocab_size"])
-    except (KeyError, TypeError, ValueError) as error:
+        kv_heads = int(config.get("num_key_value_heads") or heads)
+        head_dim = int(config.get("head_dim") or family.head_dim_default or hidden // heads)
+        ffn, count = int(config["intermediate_size"]), int(config["num_hidden_layers"])
+        vocab = int(config["vocab_size"])
+    except KeyError as error:
         raise UnsupportedModel(f"config.json of a {kind} model: expected the usual sizes, found no {error}") from error
-    if min(hidden, heads, shape.kv_heads, shape.head_dim, shape.ffn, count, vocab) < 1 or heads % shape.kv_heads:
-        raise UnsupportedModel(f"config.json: {heads} heads on {shape.kv_heads} KV heads, {count} layers: not a model")
+    except (TypeError, ValueError, ArithmeticError) as error:
+        raise UnsupportedModel(f"config.json of a {kind} model: expected sizes as numbers, found {error}") from error
+    if min(hidden, heads, kv_heads, head_dim, ffn, count, vocab) < 1 or heads % kv_heads or count > _MOST_LAYERS:
+        raise UnsupportedModel(f"config.json: {heads} heads on {kv_heads} KV heads, {count} layers: not a model")
+    shape = LayerShape(hidden=hidden, heads=heads, kv_heads=kv_heads, head_dim=head_dim, ffn=ffn)
     biased = set(family.bias_roles)
     if family.attention_bias_key and config.get("attention_bias"):
         biased |= {"q", "k", "v", "o"}

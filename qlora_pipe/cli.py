@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from qlora_pipe.errors import QloraPipeError
+from qlora_pipe.errors import ConfigError, QloraPipeError
 from qlora_pipe.known import CHAIN
 
 _CONFIG = click.argument("config", type=click.Path(path_type=Path))
@@ -51,10 +51,14 @@ def init(model: str, budget: str, output: Path | None) -> None:
     text = starter(model, budget)
     if output is None:
         click.echo(text, nl=False)
-    elif output.exists():
-        raise click.ClickException(f"{output} exists already; remove it or choose another name")
-    else:
-        output.write_text(text)
+        return
+    try:
+        with output.open("x") as stream:
+            stream.write(text)
+    except FileExistsError:
+        raise ConfigError(f"{output} exists already; remove it or choose another name") from None
+    except OSError as error:
+        raise ConfigError(f"{output}: expected a path that can be written, found {error.strerror}") from error
 
 
 @main.command()

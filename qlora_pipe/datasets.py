@@ -64,6 +64,8 @@ def _read(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: expected UTF-8 text, found {error}; convert the file") from error
+    except OSError as error:
+        raise DataError(f"{path}: expected a readable file, found {error.strerror}") from error
 
 
 def _records(path: Path, dataset: Dataset) -> list[Record]:
@@ -90,9 +92,12 @@ def _rows(path: Path) -> Sequence[dict[str, Any]]:
     """The objects of a JSON list, the values of a JSON object, or the lines of a JSONL file."""
     text = _read(path)
     try:
-        body = [json.loads(line) for line in text.splitlines() if line.strip()] if path.suffix == ".jsonl" else None
-        body = json.loads(text) if body is None else body
-    except ValueError as error:
+        if path.suffix == ".jsonl":
+            # Not splitlines(): JSON strings may hold U+2028 and its like.
+            body = [json.loads(line) for line in text.split("\n") if line.strip()]
+        else:
+            body = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: expected JSON or JSONL records, found {error}") from error
     rows = list(body.values()) if isinstance(body, dict) else body
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
@@ -103,16 +108,24 @@ def _rows(path: Path) -> Sequence[dict[str, Any]]:
 def _fill(path: Path, number: int, template: str, row: dict[str, Any]) -> str:
     """Replace {field} by the record's value: plain names only, no attribute or index access."""
     pieces = []
-    for literal, name, spec, conversion in Formatter().parse(template):
+    for literal, name, spec, conversion in _fields(template):
         pieces.append(literal)
         if name is None:
             continue
         if spec or conversion or name not in row:
             fields = ", ".join(sorted(row))
             raise DataError(f"{path}: record {number} has no field {name!r} for template {template!r}; it has {fields}")
-        pieces.append(str(row[name]))
+        pieces.append("" if row[name] is None else str(row[name]))
     return "".join(pieces)
 
 
 def _first_field(template: str) -> str | None:
-    return next((name for _, name, _, _ in Formatter().parse(template) if name), None)
+    return next((name for _, name, _, _ in _fields(template) if name), None)
+
+
+def _fields(template: str) -> list[tuple[str, str | None, str | None, str | None]]:
+    """(literal text, field name, format, conversion) of each piece; raises DataError."""
+    try:
+        return list(Formatter().parse(template))
+    except ValueError as error:
+        raise DataError(f"template {template!r}: {error}; write a brace of the text twice") from error

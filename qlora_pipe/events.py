@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from typing import Any, TextIO
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -17,6 +16,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.text import Text
 
 Advance = Callable[[], None]
 
@@ -42,8 +42,9 @@ class Reporter:
             }
             print(json.dumps(body), file=self._stream, flush=True)
         else:
-            prefix = f"[bold]{self.stage:>10}[/bold]  " if self.stage else ""
-            self._console.print(f"{prefix}{escape(message)}")
+            # Text, not markup: brackets, emoji codes and backslashes of a message are its own.
+            prefix = (f"{self.stage:>10}", "bold") if self.stage else ""
+            self._console.print(Text.assemble(prefix, "  " if self.stage else "", message))
 
     @contextmanager
     def progress(self, label: str, total: int) -> Iterator[Advance]:
@@ -51,7 +52,7 @@ class Reporter:
         done = 0
         if not self._json and self._console.is_terminal:
             columns = (
-                TextColumn(f"{self.stage:>10}  {{task.description}}"),
+                TextColumn(f"{self.stage:>10}  {{task.description}}", markup=False),
                 BarColumn(),
                 MofNCompleteColumn(),
             )

@@ -43,6 +43,8 @@ _READS = {
 }
 """Whose weights a stage reads; `source` stands for the original model."""
 
+_OFFSET_DIGITS = 20
+
 Allocation = Mapping[str, Choice]
 
 
@@ -211,14 +213,16 @@ def linear_budget(architecture: Architecture, dtypes: Mapping[str, str], config:
 
 def fixed_bytes(architecture: Architecture, dtypes: Mapping[str, str], config: Config) -> int:
     """Bytes of the decomposed model that no allocation changes, with the longest header that any can have."""
-    widest = {}
+    dearest = {}
     for layer, role, name in architecture.linears():
-        options = choices_for(architecture, role, layer, config)
-        widest[name] = max(options, key=lambda choice: (choice.bits, -choice.block_size, choice.rank))
-    tensors = layouts.decomposed(architecture, dtypes, widest, config.decompose)
-    linear = layouts.linear_bytes(tensors, architecture)
-    # Offsets and shapes of a smaller choice never take more digits than those of the dearest one.
-    return sum(folder_files(tensors).values()) - linear
+        sizes = _sizes(architecture, layer, role, config)
+        dearest[name] = max(sizes, key=sizes.__getitem__)
+    tensors = layouts.decomposed(architecture, dtypes, dearest, config.decompose)
+    files = folder_files(tensors)
+    # In one file no choice has longer shapes or offsets than the dearest one. Among several, tensors move to other
+    # places when the choice changes: room for offsets of any length.
+    spare = 2 * _OFFSET_DIGITS * len(tensors) if len(files) > 1 else 0
+    return sum(files.values()) + spare - layouts.linear_bytes(tensors, architecture)
 
 
 def estimate_allocation(architecture: Architecture, dtypes: Mapping[str, str], config: Config) -> dict[str, Choice]:
@@ -227,10 +231,15 @@ def estimate_allocation(architecture: Architecture, dtypes: Mapping[str, str], c
     found = {}
     for layer, role, name in architecture.linears():
         room = share * math.prod(shape_of(role, architecture.layers[layer]))
-        sizes = {
-            choice: layouts.packed_bytes(layouts.packed_shape(architecture, layer, role, choice, config.decompose))
-            for choice in choices_for(architecture, role, layer, config)
-        }
+        sizes = _sizes(architecture, layer, role, config)
         fitting = [choice for choice in sizes if sizes[choice] <= room]
         found[name] = max(fitting, key=sizes.__getitem__) if fitting else min(sizes, key=sizes.__getitem__)
     return found
+
+
+def _sizes(architecture: Architecture, layer: int, role: str, config: Config) -> dict[Choice, int]:
+    """Bytes of one matrix under each configuration it may take."""
+    return {
+        choice: layouts.packed_bytes(layouts.packed_shape(architecture, layer, role, choice, config.decompose))
+        for choice in choices_for(architecture, role, layer, config)
+    }

@@ -64,9 +64,9 @@ def find_file(spec: str) -> Path:
     """A data file from a path or `package:NAME:PATH`; raises SourceError if it is not there."""
     if spec.startswith(_PACKAGE):
         return package_file(spec)
-    path = Path(spec).expanduser()
-    if not path.is_file():
-        raise SourceError(f"expected a file at {path}, found none; correct the source in the configuration")
+    path, kind = _look(spec)
+    if kind != "file":
+        raise SourceError(f"expected a file at {path}, found {kind}; correct the source in the configuration")
     return path
 
 
@@ -74,16 +74,16 @@ def find_model(spec: str) -> ModelSource:
     """Locate a model without opening it; raises SourceError if a path or package is named that is not there."""
     if spec.startswith(_PACKAGE):
         return _packaged(spec)
-    path = Path(spec).expanduser()
-    if path.is_file() and path.suffix == ".gguf":
+    path, kind = _look(spec)
+    if kind == "file" and path.suffix == ".gguf":
         return ModelSource("gguf", spec, path)
-    if path.is_dir():
+    if kind == "folder":
         return ModelSource("folder", spec, path)
     looks_local = spec.startswith((".", "/", "~")) or path.suffix == ".gguf" or spec.count("/") != 1
-    if looks_local:
+    if looks_local or kind == "file":
         raise SourceError(
             f"expected a model at {spec!r}: a folder with config.json, a .gguf file, package:NAME, or a hub id such "
-            "as owner/name; found nothing there"
+            f"as owner/name; found {kind}"
         )
     return ModelSource("hub", spec, None)
 
@@ -112,7 +112,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         config = json.loads(path.read_text())
     except FileNotFoundError:
         raise SourceError(f"{folder}: expected a model folder with config.json, found none") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise SourceError(f"{path}: expected JSON, found {error}; fetch the file again") from error
     if not isinstance(config, dict):
         raise SourceError(f"{path}: expected a JSON object; fetch the file again")
@@ -144,6 +144,16 @@ def already_converted(gguf: Path) -> bool:
     except ArtifactError:
         return False
     return True
+
+
+def _look(spec: str) -> tuple[Path, str]:
+    """The path that `spec` names and what is there: "file", "folder" or "nothing". Raises SourceError."""
+    try:
+        path = Path(spec).expanduser()
+        return path, "folder" if path.is_dir() else "file" if path.is_file() else "nothing"
+    except (OSError, RuntimeError) as error:
+        # An unknown ~user, a name that is too long, a folder that may not be entered.
+        raise SourceError(f"expected a path, found {spec!r:.200}, which cannot be read: {error}") from error
 
 
 def _packaged(spec: str) -> ModelSource:

@@ -8,6 +8,7 @@ from qlora_pipe.artifacts.layout import DTYPE_BYTES, TensorSpec
 from qlora_pipe.errors import SourceError, WeightError
 
 _HEADER_LIMIT = 100 * 2**20
+_MALFORMED = (AttributeError, KeyError, TypeError, ValueError, RecursionError)
 
 
 @dataclass(frozen=True)
@@ -33,13 +34,13 @@ def read_header(file: Path) -> dict[str, Location]:
             entries = json.loads(stream.read(length))
     except OSError as error:
         raise SourceError(f"{file}: expected a readable safetensors file, found {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise SourceError(f"{file}: expected a JSON header, found {error}; fetch the file again") from error
     start = 8 + length
     try:
         entries.pop("__metadata__", None)
         found = {name: _location(file, start, name, entry) for name, entry in entries.items()}
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except _MALFORMED as error:
         raise SourceError(f"{file}: the header is not a safetensors header ({error}); fetch it again") from error
     end = max((place.offset + place.spec.nbytes for place in found.values()), default=start)
     if end > size:
@@ -48,15 +49,21 @@ def read_header(file: Path) -> dict[str, Location]:
 
 
 def _location(file: Path, start: int, name: str, entry: dict[str, object]) -> Location:
-    begin, end = (int(value) for value in entry["data_offsets"])  # type: ignore[attr-defined]
-    shape = tuple(int(value) for value in entry["shape"])  # type: ignore[attr-defined]
-    dtype = str(entry["dtype"])
+    begin, end = _counts(entry["data_offsets"])
+    shape, dtype = _counts(entry["shape"]), str(entry["dtype"])
     if dtype not in DTYPE_BYTES:
         raise WeightError(f"{file}: tensor {name} has dtype {dtype}; expected one of {', '.join(DTYPE_BYTES)}")
     spec = TensorSpec(dtype, shape)
-    if begin < 0 or min(shape, default=0) < 0 or end - begin != spec.nbytes:
+    if end - begin != spec.nbytes:
         raise ValueError(f"tensor {name} spans bytes {begin}..{end}, its shape {shape} takes {spec.nbytes}")
     return Location(file, start + begin, spec)
+
+
+def _counts(values: object) -> tuple[int, ...]:
+    """A JSON list of sizes, nothing that could be read as one (`"12"`, 1.5, true)."""
+    if not isinstance(values, list) or not all(type(value) is int and 0 <= value < 2**63 for value in values):
+        raise ValueError(f"expected a list of sizes, found {values!r:.60}")
+    return tuple(values)
 
 
 def read_folder(folder: Path, stem: str = "model") -> dict[str, Location]:
@@ -72,7 +79,7 @@ def read_folder(folder: Path, stem: str = "model") -> dict[str, Location]:
     try:
         weight_map = json.loads(index.read_text())["weight_map"]
         names = sorted(set(weight_map.values()))
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+    except (OSError, *_MALFORMED) as error:
         raise SourceError(f"{index}: expected a weight_map, found {error!r}; fetch the file again") from error
     for name in names:
         if not isinstance(name, str) or Path(name).name != name:

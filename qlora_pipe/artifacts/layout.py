@@ -24,12 +24,16 @@ DTYPE_BYTES = {
 """Bytes an element takes, by safetensors dtype code."""
 
 DTYPE_CODE = {
+    "float64": "F64",
     "float32": "F32",
     "float16": "F16",
     "bfloat16": "BF16",
+    "int64": "I64",
     "int32": "I32",
+    "int16": "I16",
     "int8": "I8",
     "uint8": "U8",
+    "bool": "BOOL",
 }
 """safetensors dtype code of a torch dtype's name."""
 

@@ -72,7 +72,7 @@ def read_manifest(folder: Path) -> Manifest:
         body = json.loads(path.read_text())
     except FileNotFoundError:
         raise ArtifactError(f"{folder}: expected an artifact, found no {MANIFEST}; run the stage again") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ArtifactError(f"{path}: expected a manifest, found {error}; delete the folder and run again") from error
     if not isinstance(body, dict) or body.pop("schema", None) != SCHEMA:
         raise ArtifactError(f"{path}: expected schema {SCHEMA}; this is not an artifact of qlora-pipe")
@@ -95,7 +95,10 @@ def list_files(folder: Path) -> list[str]:
 def check_files(folder: Path) -> Manifest:
     """Re-hash every file of an artifact and re-derive its identity; raises ArtifactError naming what differs."""
     manifest = read_manifest(folder)
-    expected = identity(manifest.stage, manifest.code_version, manifest.settings, manifest.inputs)
+    try:
+        expected = identity(manifest.stage, manifest.code_version, manifest.settings, manifest.inputs)
+    except (TypeError, ValueError) as error:
+        raise ArtifactError(f"{folder / MANIFEST}: malformed manifest ({error}); run the stage again") from error
     if manifest.identity != expected:
         raise ArtifactError(f"{folder / MANIFEST}: the identity does not follow from its contents; run the stage again")
     found = list_files(folder)

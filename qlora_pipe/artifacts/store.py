@@ -68,9 +68,15 @@ class Store:
     @contextmanager
     def lock(self) -> Iterator[None]:
         """Keep a second process out of the run folder; raises ArtifactError naming the owner."""
-        self._objects.mkdir(parents=True, exist_ok=True)
-        self._work.mkdir(exist_ok=True)
-        with (self.run / ".lock").open("a+") as stream:
+        try:
+            self._objects.mkdir(parents=True, exist_ok=True)
+            self._work.mkdir(exist_ok=True)
+            lock = (self.run / ".lock").open("a+")
+        except OSError as error:
+            raise ArtifactError(
+                f"{self.run}: expected a folder that can be written, found {error.strerror}; choose another `run`"
+            ) from error
+        with lock as stream:
             try:
                 fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -99,6 +105,8 @@ class Store:
         try:
             artifact = Artifact(folder, check_files(folder))
         except ArtifactError:
+            artifact = None
+        if artifact is None or artifact.identity != ticket.identity:
             self._discard(folder)
             return None
         self._point(ticket.stage, folder)
@@ -175,6 +183,8 @@ class Store:
         target = Path(".objects") / folder.name
         if link.is_symlink() and link.readlink() == target:
             return
+        if link.exists() and not link.is_symlink():
+            raise ArtifactError(f"{link}: expected a link of the run folder, found a file or folder; move it elsewhere")
         fresh.unlink(missing_ok=True)
         fresh.symlink_to(target)
         os.replace(fresh, link)

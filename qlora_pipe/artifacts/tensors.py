@@ -19,8 +19,9 @@ _TORCH = {
 
 
 def dtype_code(dtype: torch.dtype) -> str:
-    """safetensors code of a torch dtype."""
-    return DTYPE_CODE[str(dtype).removeprefix("torch.")]
+    """safetensors code of a torch dtype; the dtype's own name if no file here holds it."""
+    name = str(dtype).removeprefix("torch.")
+    return DTYPE_CODE.get(name, name)
 
 
 def torch_dtype_of(code: str) -> torch.dtype:

@@ -1,0 +1,250 @@
+import math
+import random
+from typing import Any
+
+import pytest
+
+from prune.groups import shape_of
+from qlora_pipe import layouts
+from qlora_pipe.architectures import Architecture, from_config
+from qlora_pipe.artifacts.layout import file_bytes, folder_files
+from qlora_pipe.config import Config
+from qlora_pipe.errors import BudgetError, ConfigError
+from qlora_pipe.known import (
+    CHAIN,
+    Known,
+    check_shapes,
+    choices_for,
+    estimate_allocation,
+    fixed_bytes,
+    linear_budget,
+)
+from quant.storage import Choice
+
+TINY = {
+    "model_type": "qwen2",
+    "hidden_size": 64,
+    "intermediate_size": 192,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 260,
+    "tie_word_embeddings": True,
+}
+SETTINGS: dict[str, Any] = {
+    "model": "owner/name",
+    "data": {"calibration": "a.txt", "task": "b.txt"},
+    "decompose": {"bits": (2, 3, 4), "block_sizes": (16, 32), "ranks": (0, 4), "budget": "6bits"},
+    "prune": {"kv_ratio": 0.5, "ffn_ratio": 0.3, "align": 32},
+    "train": {"rank": 5},
+    "compact": {"rank": 3, "group_size": 32},
+}
+
+
+def configure(**changes: Any) -> Config:
+    settings = dict(SETTINGS)
+    for key, value in changes.items():
+        settings[key] = {**settings.get(key, {}), **value} if isinstance(value, dict) else value
+    return Config.model_validate(settings)
+
+
+@pytest.fixture
+def tiny() -> Architecture:
+    return from_config(TINY)
+
+
+def knowing(tiny: Architecture, dtypes: dict[str, str] | None = None, **changes: Any) -> Known:
+    config = configure(**changes)
+    return Known(config, tiny, dtypes or {}, estimate_allocation(tiny, dtypes or {}, config), False)
+
+
+def random_allocation(architecture: Architecture, config: Config, seed: int) -> dict[str, Choice]:
+    chooser = random.Random(seed)
+    return {
+        name: chooser.choice(choices_for(architecture, role, layer, config))
+        for layer, role, name in architecture.linears()
+    }
+
+
+def test_choices_fit_the_axis_that_pruning_leaves_alone(tiny: Architecture) -> None:
+    config = configure(decompose={"block_sizes": (32, 64, 96, 192), "ranks": (0, 31, 32, 64)})
+    blocks = {role: {choice.block_size for choice in choices_for(tiny, role, 0, config)} for role in ("q", "o", "down")}
+    # q is [64, 64] with blocks along its 64 inputs; o and down are stored transposed, blocks along the 64 outputs.
+    assert blocks == {"q": {32, 64}, "o": {32, 64}, "down": {32, 64}}
+    assert {choice.rank for choice in choices_for(tiny, "k", 0, config)} == {0, 31}
+    assert {choice.rank for choice in choices_for(tiny, "down", 0, config)} == {0, 31, 32}
+
+
+@pytest.mark.parametrize(("changes", "word"), [({"block_sizes": (48,)}, "divides 64"), ({"ranks": (32,)}, "below 32")])
+def test_no_choice_is_left(tiny: Architecture, changes: dict[str, Any], word: str) -> None:
+    with pytest.raises(ConfigError, match=f"no configuration fits the . projection.*{word}"):
+        check_shapes(tiny, configure(decompose=changes))
+
+
+def test_groups_must_divide_what_pruning_leaves(tiny: Architecture) -> None:
+    check_shapes(tiny, configure())
+    wide = {"group_size": 64}
+    # The pruned o projection has 32 inputs.
+    with pytest.raises(ConfigError, match="group_size 64 does not divide the 32 inputs of the pruned o projection"):
+        check_shapes(tiny, configure(compact=wide))
+    check_shapes(tiny, configure(compact={**wide, "enabled": False}))
+    check_shapes(tiny, configure(compact=wide, prune={"kv_ratio": 0.0, "align": 64}))
+
+
+def test_a_budget_in_bits_is_per_weight_of_the_linear_maps(tiny: Architecture) -> None:
+    assert linear_budget(tiny, {}, configure(decompose={"budget": "4bits"})) == tiny.linear_weights() // 2
+    assert linear_budget(tiny, {}, configure(decompose={"budget": "2.5bits"})) == int(2.5 * tiny.linear_weights() / 8)
+
+
+def test_a_budget_in_bytes_is_of_the_whole_file(tiny: Architecture) -> None:
+    fixed = fixed_bytes(tiny, {}, configure())
+    assert linear_budget(tiny, {}, configure(decompose={"budget": f"{fixed + 100}B"})) == 100
+    with pytest.raises(BudgetError, match=f"alone take {fixed} bytes"):
+        linear_budget(tiny, {}, configure(decompose={"budget": f"{fixed}B"}))
+    halves = dict.fromkeys(tiny.others(), "BF16")
+    saved = 2 * sum(math.prod(shape) for shape in tiny.others().values())
+    # Names of dtypes and digits of offsets aside.
+    assert abs(fixed_bytes(tiny, halves, configure()) - (fixed - saved)) < 16 * len(halves)
+
+
+NARROW = TINY | {"hidden_size": 16, "intermediate_size": 48, "head_dim": 4, "num_hidden_layers": 30}
+SHARDED = TINY | {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 33, "num_attention_heads": 64}
+
+
+@pytest.mark.parametrize("sizes", [TINY, NARROW, SHARDED])
+@pytest.mark.parametrize("bits", [(2, 3, 4), (3, 4), (2, 8)])
+def test_a_budget_in_bytes_leaves_room_for_the_longest_header(sizes: dict[str, Any], bits: tuple[int, ...]) -> None:
+    """Whatever is chosen, all but the linear maps takes at most the fixed bytes; not much less either."""
+    architecture = from_config(sizes)
+    config = configure(decompose={"bits": bits, "block_sizes": (16, 32, 64), "ranks": (0, 3)})
+    fixed = fixed_bytes(architecture, {}, config)
+    uniform = [
+        dict.fromkeys((name for _, _, name in architecture.linears()), choice)
+        for choice in choices_for(architecture, "k", 0, config)
+    ]
+    spare = []
+    for allocation in uniform + [random_allocation(architecture, config, seed) for seed in range(10)]:
+        tensors = layouts.decomposed(architecture, {}, allocation, config.decompose)
+        spare.append(fixed - sum(folder_files(tensors).values()) + layouts.linear_bytes(tensors, architecture))
+    assert min(spare) >= 0
+    # 60 bytes of a tensor's entry in each of header and index.
+    assert max(spare) < 120 * len(tensors)
+
+
+def test_the_estimate_is_the_dearest_that_fits(tiny: Architecture) -> None:
+    costs = []
+    for bits in (4, 5, 6, 7):
+        known = knowing(tiny, decompose={"budget": f"{bits}bits"})
+        assert not known.allocation_is_final
+        costs.append(layouts.linear_bytes(known.decomposed(), tiny))
+        assert costs[-1] <= linear_budget(tiny, {}, known.config)
+    assert costs == sorted(costs)
+    assert costs[0] < costs[-1]
+    known = knowing(tiny, decompose={"budget": "30bits"})
+    assert set(known.allocation.values()) == {Choice(4, 16, 4)}
+
+
+def test_the_estimate_below_the_minimum_is_the_minimum(tiny: Architecture) -> None:
+    known = knowing(tiny, decompose={"budget": "0.5bits"})
+    assert set(known.allocation.values()) == {Choice(2, 32, 0)}
+
+
+def test_files_are_the_layouts(tiny: Architecture) -> None:
+    known = knowing(tiny)
+    assert known.files("calibrate") == {"moments.safetensors": file_bytes(layouts.moments(tiny))}
+    assert known.files("decompose") == {"model.safetensors": file_bytes(known.decomposed())}
+    assert known.files("prune") == {"model.safetensors": file_bytes(known.pruned())}
+    assert known.files("train") == {"adapter.safetensors": file_bytes(known.adapter())}
+    assert known.files("compact") == {
+        "model.safetensors": file_bytes(known.integers()),
+        "adapter.safetensors": file_bytes(known.compact_adapter()),
+    }
+    assert known.files("recover") == {
+        "adapter.safetensors": file_bytes(known.full_adapter()),
+        "compact_adapter.safetensors": file_bytes(known.full_compact_adapter()),
+    }
+    assert known.files("export") == {
+        "peft/adapter_model.safetensors": file_bytes(layouts.peft_adapter(tiny, 5)),
+        "merged/model.safetensors": file_bytes(layouts.dense(tiny, "float32")),
+        "small/model.safetensors": file_bytes(layouts.dense(known.small, "float32")),
+    }
+    for stage in ("source", "score", "allocate", "evaluate"):
+        assert known.files(stage) == {}
+
+
+def test_what_is_switched_off_is_not_planned(tiny: Architecture) -> None:
+    known = knowing(tiny, compact={"enabled": False}, export={"peft": False, "merged": True, "small": False})
+    assert known.files("compact") == {}
+    assert set(known.files("recover")) == {"adapter.safetensors"}
+    assert set(known.files("export")) == {"merged/model.safetensors"}
+    assert [known.tensor_count(stage) for stage in ("compact", "recover", "export")] == [0, 28, len(tiny.tensors())]
+
+
+def test_tensor_counts_are_those_of_the_layouts(tiny: Architecture) -> None:
+    known = knowing(tiny)
+    expected = {
+        "calibrate": len(layouts.moments(tiny)),
+        "decompose": len(known.decomposed()),
+        "prune": len(known.pruned()),
+        "train": len(known.adapter()),
+        "compact": len(known.integers()) + len(known.compact_adapter()),
+        "recover": len(known.full_adapter()) + len(known.full_compact_adapter()),
+        "export": len(layouts.peft_adapter(tiny, 5)) + len(tiny.tensors()) + len(known.small.tensors()),
+    }
+    assert {stage: known.tensor_count(stage) for stage in CHAIN} == dict.fromkeys(CHAIN, 0) | expected
+
+
+def test_a_warm_start_takes_over_the_rank(tiny: Architecture) -> None:
+    assert knowing(tiny).compact_rank() == 5
+    cold = knowing(tiny, compact={"warm_start": False})
+    assert cold.compact_rank() == 3
+    assert {spec.shape[0] for name, spec in cold.compact_adapter().items() if "lora_A" in name} == {3}
+
+
+def test_the_small_architecture(tiny: Architecture) -> None:
+    known = knowing(tiny)
+    assert [(s.kv_heads, s.heads, s.ffn, s.hidden) for s in known.small.layers] == [(1, 2, 128, 64)] * 2
+    guarded = knowing(tiny, prune={"protect_first": 1}, export={"small": False})
+    assert [shape.kv_heads for shape in guarded.small.layers] == [2, 1]
+    with pytest.raises(ConfigError, match=r"prune.ffn_ratio: ratio 0.999 would remove all"):
+        check_shapes(tiny, configure(prune={"ffn_ratio": 0.999}))
+
+
+def test_reads_count_each_file_once(tiny: Architecture) -> None:
+    halves = dict.fromkeys(tiny.tensors(), "BF16")
+    known = knowing(tiny, halves)
+    weights = sum(math.prod(shape) for shape in tiny.tensors().values())
+    assert known.base_bytes() == 2 * weights
+    assert knowing(tiny).base_bytes() == 4 * weights
+    size = {stage: sum(known.files(stage).values()) for stage in CHAIN}
+    assert known.reads("score") == 2 * weights + size["calibrate"]
+    assert known.reads("prune") == size["decompose"]
+    assert known.reads("allocate") == 0
+    assert known.reads("recover") == 2 * weights + sum(size[stage] for stage in ("prune", "train", "compact"))
+
+
+def test_the_solved_allocation_replaces_the_estimate(tiny: Architecture) -> None:
+    known = knowing(tiny)
+    solved = dict.fromkeys(known.allocation, Choice(2, 16, 4))
+    final = known.with_allocation(solved)
+    assert (final.allocation_is_final, known.allocation_is_final) == (True, False)
+    assert final.decomposed()["model.layers.0.self_attn.q_proj.lowrank_left"].shape == (64, 4)
+    assert final.files("train") == known.files("train")
+    assert final.files("prune") != known.files("prune")
+
+
+def test_others_keep_the_dtype_of_the_checkpoint(tiny: Architecture) -> None:
+    known = knowing(tiny, {"model.norm.weight": "BF16"})
+    for layout in (known.decomposed(), known.pruned(), known.integers()):
+        assert layout["model.norm.weight"].dtype == "BF16"
+        assert layout["model.embed_tokens.weight"].dtype == "F32"
+        assert layout["model.layers.0.self_attn.k_proj.bias"].dtype == "F32"
+
+
+def test_adapters_have_the_shapes_of_their_matrices(tiny: Architecture) -> None:
+    known = knowing(tiny)
+    for architecture, layout in ((tiny, known.full_adapter()), (known.small, known.adapter())):
+        for layer, role, name in architecture.linears():
+            rows, columns = shape_of(role, architecture.layers[layer])
+            assert layout[f"{name}.lora_A.weight"].shape == (5, columns)
+            assert layout[f"{name}.lora_B.weight"].shape == (rows, 5)

@@ -1,0 +1,173 @@
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import save_settings, save_texts, save_tiny_model
+
+from qlora_pipe.config import Config
+from qlora_pipe.config_file import load
+from qlora_pipe.errors import PlanError, SourceError, UnsupportedModel
+from qlora_pipe.known import CHAIN
+from qlora_pipe.plan import Plan, check_memory, know, make_plan, plan_known, render_plan
+from quant.storage import Choice
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("plan")
+    save_tiny_model(folder / "model", num_hidden_layers=4)
+    save_texts(folder)
+    save_settings(folder)
+    return folder
+
+
+def configure(folder: Path, *overrides: str) -> Config:
+    return load(folder / "tiny.yaml", overrides)
+
+
+def peaks(folder: Path, stage: str, *overrides: str) -> tuple[int, int]:
+    plan = make_plan(configure(folder, *overrides))
+    found = next(row for row in plan.stages if row.name == stage)
+    return found.host_peak, found.device_peak
+
+
+def test_the_stages_are_the_chain_with_the_files_that_are_known(folder: Path) -> None:
+    config = configure(folder)
+    known, plan = know(config), make_plan(config)
+    assert tuple(stage.name for stage in plan.stages) == CHAIN
+    for stage in plan.stages:
+        assert stage.files == known.files(stage.name)
+        assert stage.writes == sum(stage.files.values())
+        assert stage.reads == known.reads(stage.name)
+        assert stage.tensors == known.tensor_count(stage.name)
+    assert plan.disk == sum(stage.writes for stage in plan.stages)
+    assert plan.host_peak == max(stage.host_peak for stage in plan.stages)
+
+
+def test_reads_are_the_bytes_of_the_checkpoint(folder: Path) -> None:
+    stage = next(row for row in make_plan(configure(folder)).stages if row.name == "source")
+    file = folder / "model/model.safetensors"
+    head = 8 + int.from_bytes(file.read_bytes()[:8], "little")
+    assert stage.reads == file.stat().st_size - head
+
+
+def test_an_estimate_says_so_and_the_solved_allocation_is_exact(folder: Path) -> None:
+    known = know(configure(folder))
+    plan = plan_known(known)
+    assert not plan.exact
+    assert "an estimate until allocate has run" in render_plan(plan)
+    final = plan_known(known.with_allocation(dict.fromkeys(known.allocation, Choice(2, 32, 4))))
+    assert final.exact
+    assert "estimate" not in render_plan(final)
+    differing = [a.name for a, b in zip(plan.stages, final.stages, strict=True) if a.files != b.files]
+    assert differing == ["decompose", "prune"]
+
+
+def test_the_table_shows_every_stage(folder: Path) -> None:
+    lines = render_plan(make_plan(configure(folder))).splitlines()
+    assert [line.split()[0] for line in lines[2 : 2 + len(CHAIN)]] == list(CHAIN)
+    assert lines[0].endswith(str(folder / "run"))
+    assert len({len(line) for line in lines[1 : 2 + len(CHAIN)]}) == 1
+
+
+def test_the_plan_is_json(folder: Path) -> None:
+    plan = make_plan(configure(folder))
+    body = json.loads(json.dumps(plan.to_json()))
+    assert body["stages"][4]["files"] == plan.stages[4].files
+    assert body["fits_host"] is None
+
+
+@pytest.mark.parametrize("stage", ["train", "compact"])
+@pytest.mark.parametrize("setting", ["batch_size", "length"])
+def test_the_peak_grows_with_the_batch(folder: Path, stage: str, setting: str) -> None:
+    found = [peaks(folder, stage, f"{stage}.{setting}={value}")[0] for value in (1, 2, 64, 128, 4096)]
+    assert found == sorted(found)
+    assert len(set(found[1:])) == 4
+
+
+@pytest.mark.parametrize("stage", ["train", "compact"])
+def test_activation_checkpointing_lowers_the_peak(folder: Path, stage: str) -> None:
+    batch = (f"{stage}.batch_size=8", f"{stage}.length=512")
+    assert peaks(folder, stage, *batch, f"{stage}.activation_checkpointing=true") < peaks(folder, stage, *batch)
+
+
+def test_accumulation_costs_nothing(folder: Path) -> None:
+    assert peaks(folder, "train", "train.accumulation=16") == peaks(folder, "train")
+
+
+def test_a_device_takes_the_training_off_the_host(folder: Path) -> None:
+    small, large = (("train.batch_size=4", "train.length=512"), ("train.batch_size=64", "train.length=512"))
+    assert peaks(folder, "train", *large)[1] == 0
+    (host, device), (same_host, more) = (peaks(folder, "train", *batch, "device=cuda") for batch in (small, large))
+    assert host == same_host < peaks(folder, "train", *large)[0]
+    assert 0 < device < more
+    # What streams from disk to disk needs no device.
+    assert peaks(folder, "decompose", "device=cuda") == peaks(folder, "decompose")
+    assert peaks(folder, "calibrate", "device=cuda", "dtype=bfloat16")[1] < peaks(folder, "calibrate", "device=cuda")[1]
+
+
+def limited(folder: Path, *overrides: str) -> tuple[Config, Plan]:
+    config = configure(folder, *overrides)
+    return config, make_plan(config)
+
+
+def test_memory_limits(folder: Path) -> None:
+    peak = make_plan(configure(folder)).host_peak
+    for limit, fits, word in ((peak, True, "(fits)"), (peak - 1, False, "(DOES NOT FIT)")):
+        config, plan = limited(folder, f"memory.host={limit}B")
+        assert plan.fits_host is fits
+        assert plan.fits_device is None
+        assert word in render_plan(plan)
+        if fits:
+            check_memory(plan, config)
+    worst = max(plan.stages, key=lambda stage: stage.host_peak).name
+    with pytest.raises(PlanError, match=rf"stage {worst} needs .* of host memory, memory.host allows {peak - 1}B"):
+        check_memory(plan, config)
+
+
+def test_device_limits(folder: Path) -> None:
+    config, plan = limited(folder, "memory.device=0B")
+    check_memory(plan, config)
+    config, plan = limited(folder, "memory.device=1KB", "device=cuda")
+    with pytest.raises(PlanError, match=r"of device memory, memory\.device allows 1KB"):
+        check_memory(plan, config)
+
+
+@pytest.mark.parametrize(
+    ("override", "error", "word"),
+    [
+        ("model=/nowhere/at/all", SourceError, "found nothing"),
+        ("model=owner/name", SourceError, "a plan downloads nothing"),
+    ],
+)
+def test_what_a_run_would_refuse_is_refused(folder: Path, override: str, error: Any, word: str) -> None:
+    with pytest.raises(error, match=word):
+        make_plan(configure(folder, override))
+
+
+def test_a_known_folder_stands_in_for_the_model(folder: Path, tmp_path: Path) -> None:
+    config = configure(folder, "model=owner/name")
+    assert make_plan(config, folder / "model").stages == make_plan(configure(folder)).stages
+    (tmp_path / "config.json").write_text('{"model_type": "mixtral"}')
+    with pytest.raises(UnsupportedModel, match="mixtral"):
+        make_plan(config, tmp_path)
+
+
+def test_planning_imports_nothing_heavy(folder: Path) -> None:
+    command = [sys.executable, "-X", "importtime", "-m", "qlora_pipe", "plan", str(folder / "tiny.yaml")]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}, cwd=folder, check=True
+    )
+    imported = set(re.findall(r"^import time:.*\| +(\S+)$", done.stderr, re.MULTILINE))
+    assert {"qlora_pipe.plan", "pydantic"} <= imported
+    heavy = {"torch", "transformers", "peft", "accelerate", "bitsandbytes", "matplotlib", "scipy", "pulp", "numpy"}
+    assert imported & heavy == set()
+    assert done.stdout.rstrip("\n") == render_plan(make_plan(configure(folder)))
+    assert not (folder / "run").exists()
