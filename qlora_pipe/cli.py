@@ -1,5 +1,6 @@
 """The command line. Heavy imports happen inside the commands that need them."""
 
+import errno
 import json
 import logging
 import os
@@ -26,7 +27,11 @@ class _Group(click.Group):
             return super().invoke(ctx)
         except QloraPipeError as error:
             click.echo(f"{type(error).__name__}: {error}", err=True)
-            ctx.exit(2)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            click.echo(f"StageError: the disk is full ({error}); free some space and run again", err=True)
+        ctx.exit(2)
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})

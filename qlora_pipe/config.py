@@ -14,6 +14,7 @@ from qlora_pipe.units import parse_budget, parse_bytes
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
+Role = Literal["q", "k", "v", "o", "gate", "up", "down"]
 Rate = Annotated[float, Field(gt=0)]
 
 
@@ -91,7 +92,7 @@ class Decompose(Section):
     scale_bits: Literal[2, 3, 4, 8] = Field(8, description="bits of a first-level scale code")
     scale_dtype: Literal["bfloat16", "float16", "float32"] = Field("bfloat16", description="second-level maxima")
     factor_dtype: Literal["bfloat16", "float16", "float32"] = Field("bfloat16", description="low-rank factors")
-    ties: tuple[tuple[str, ...], ...] = Field(
+    ties: tuple[tuple[Role, ...], ...] = Field(
         (("q", "k", "v"), ("gate", "up")), description="roles of a layer that take the same configuration"
     )
     table_iterations: Positive = Field(1, description="alternations behind each entry of the error table")

@@ -106,7 +106,7 @@ def small_config(config: dict[str, Any], architecture: Architecture) -> dict[str
 
 
 def check_device(device: str) -> torch.device:
-    """The torch device of that name; raises DeviceError if this machine has none, or if it is not the first of its kind."""
+    """The torch device of that name; raises DeviceError if this machine has none or it is not the first of its kind."""
     try:
         found = torch.device(device)
         if found.index:

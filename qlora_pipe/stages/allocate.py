@@ -2,7 +2,6 @@
 
 from typing import Any
 
-from prune.groups import ROLES
 from qlora_pipe.architectures import linear_name
 from qlora_pipe.errors import BudgetError, ConfigError
 from qlora_pipe.known import linear_budget
@@ -79,10 +78,6 @@ def _choice(row: dict[str, Any]) -> Choice:
 
 
 def _ties(layers: int, roles: tuple[tuple[str, ...], ...]) -> tuple[tuple[str, ...], ...]:
-    for group in roles:
-        unknown = [role for role in group if role not in ROLES]
-        if unknown:
-            raise ConfigError(f"decompose.ties: unknown role {unknown[0]!r}; expected some of {', '.join(ROLES)}")
     return tuple(tuple(linear_name(layer, role) for role in group) for layer in range(layers) for group in roles)
 
 
