@@ -31,7 +31,7 @@ class _Group(click.Group):
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
             click.echo(f"StageError: the disk is full ({error}); free some space and run again", err=True)
-        ctx.exit(2)
+        raise click.exceptions.Exit(2)
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
