@@ -6,17 +6,16 @@ import torch
 from torch import Tensor, nn
 
 from qlora_pipe.config import Config
-from qlora_pipe.hf.training import train
 from qlora_pipe.stages.base import Context, Stage, computing
 from qlora_pipe.stages.models import Make, l4q_modules, sliced_base_model
-from qlora_pipe.stages.train import strength, training_rows
+from qlora_pipe.stages.train import fit, strength
 from quant.fakequant import L4QLinear
 from quant.pack import pack
 
 
 def run(context: Context) -> None:
     """Peak bytes: the small model in the compute dtype, factors and steps with optimiser state, one batch."""
-    settings, config = context.config.compact, context.config
+    settings = context.config.compact
     if not settings.enabled:
         context.write_json("skipped.json", {"reason": "compact.enabled is false"})
         return
@@ -25,16 +24,7 @@ def run(context: Context) -> None:
     for module in modules.values():
         for parameter in (module.lora_a, module.lora_b, module.scale):
             parameter.requires_grad_()
-    log = train(
-        model,
-        training_rows(context, settings.length, settings.steps * settings.batch_size * settings.accumulation),
-        settings,
-        work=context.work,
-        seed=config.seed,
-        device=config.device,
-        reporter=context.reporter,
-        step_rate=settings.step_rate,
-    )
+    log = fit(context, model, settings, settings.step_rate)
     _write(context, modules)
     context.write_json("history.json", log)
 

@@ -3,7 +3,9 @@
 import torch
 
 from qlora_pipe import datasets, layouts
-from qlora_pipe.hf.tokens import Row, load_tokenizer, rows
+from qlora_pipe.config import Optimisation
+from qlora_pipe.hf.model import Model
+from qlora_pipe.hf.tokens import load_tokenizer, rows
 from qlora_pipe.hf.training import train
 from qlora_pipe.stages.base import Context, Stage, computing
 from qlora_pipe.stages.models import packed_modules, pruned_model
@@ -11,21 +13,13 @@ from qlora_pipe.stages.models import packed_modules, pruned_model
 
 def run(context: Context) -> None:
     """Peak bytes: the packed small model, the adapter with its optimiser state, activations of one batch."""
-    settings, config = context.config.train, context.config
+    settings = context.config.train
     model = pruned_model(context, dense=False)
-    generator = torch.Generator().manual_seed(config.seed)
+    generator = torch.Generator().manual_seed(context.config.seed)
     modules = packed_modules(model)
     for module in modules.values():
         module.attach_adapter(settings.rank, settings.alpha, generator)
-    log = train(
-        model,
-        training_rows(context, settings.length, settings.steps * settings.batch_size * settings.accumulation),
-        settings,
-        work=context.work,
-        seed=config.seed,
-        device=config.device,
-        reporter=context.reporter,
-    )
+    log = fit(context, model, settings)
     with context.writer(layouts.adapter(context.known.small, settings.rank), stem="adapter") as writer:
         for name, module in modules.items():
             assert module.task_a is not None
@@ -35,11 +29,24 @@ def run(context: Context) -> None:
     context.write_json("history.json", log)
 
 
-def training_rows(context: Context, length: int, count: int) -> list[Row]:
-    """The first `count` rows of the task's training part."""
+def fit(
+    context: Context, model: Model, settings: Optimisation, step_rate: float | None = None
+) -> list[dict[str, float]]:
+    """Train what requires a gradient on the first rows of the task's training part; the log of the steps."""
     dataset = context.config.data.task
     records = datasets.load(dataset, "train", context.config.seed)
-    return rows(load_tokenizer(context.base), records, length=length, count=count, name=dataset.source)
+    count = settings.steps * settings.batch_size * settings.accumulation
+    tokenizer = load_tokenizer(context.base)
+    return train(
+        model,
+        rows(tokenizer, records, length=settings.length, count=count, name=dataset.source),
+        settings,
+        work=context.work,
+        seed=context.config.seed,
+        device=context.config.device,
+        reporter=context.reporter,
+        step_rate=step_rate,
+    )
 
 
 def strength(context: Context) -> float:
