@@ -109,17 +109,17 @@ def check_device(device: str) -> torch.device:
     """The torch device of that name; raises DeviceError if this machine has none or it is not the first of its kind."""
     try:
         found = torch.device(device)
-        if found.index:
-            raise DeviceError(
-                f"device {device!r}: training uses the first device it sees; set device to {found.type} and choose it "
-                "with CUDA_VISIBLE_DEVICES"
-            )
         torch.empty(1, device=found)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise DeviceError(
             f"device {device!r}: expected a device of this machine, found {str(error).splitlines()[0]}; "
             "set device to cpu, or install the torch build for your accelerator"
         ) from error
+    if found.index:
+        raise DeviceError(
+            f"device {device!r}: training uses the first device it sees; set device to {found.type} and choose it "
+            "with CUDA_VISIBLE_DEVICES"
+        )
     return found
 
 

@@ -142,3 +142,5 @@ def test_check_device() -> None:
     for name in ("cuda:99", "abacus"):
         with pytest.raises(DeviceError, match=f"device '{name}': expected a device of this machine"):
             check_device(name)
+    with pytest.raises(DeviceError, match="CUDA_VISIBLE_DEVICES"):
+        check_device("cpu:1")
