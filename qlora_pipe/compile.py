@@ -12,7 +12,7 @@ from qlora_pipe.artifacts.manifest import Manifest, digest, file_digest
 from qlora_pipe.artifacts.store import Artifact, Store, Ticket
 from qlora_pipe.config import Config
 from qlora_pipe.config_file import resolved_yaml
-from qlora_pipe.errors import ArtifactError
+from qlora_pipe.errors import ArtifactError, StageError
 from qlora_pipe.events import Reporter
 from qlora_pipe.hf.model import check_device
 from qlora_pipe.hf.source import fetch
@@ -34,6 +34,7 @@ from qlora_pipe.stages import (
     train,
 )
 from qlora_pipe.stages.base import Context, Stage
+from quant.exceptions import QuantError
 
 STAGES = (
     source.STAGE,
@@ -78,7 +79,11 @@ class _Run:
     store: Store
 
     def __post_init__(self) -> None:
+        datasets.check(self.config)
         found = find_model(self.config.model)
+        if found.kind == "gguf":
+            # Before a conversion that would not fit.
+            check_memory(plan_known(know(self.config)), self.config)
         self.base = fetch(found, self.reporter)
         self.known = know(self.config, self.base)
         self._plan()
@@ -137,7 +142,10 @@ class _Run:
                 work=self.store.work(ticket),
                 reporter=self.reporter,
             )
-            stage.run(context)
+            try:
+                stage.run(context)
+            except QuantError as error:
+                raise StageError(f"{stage.name}: {error}") from error
             artifact = self.store.commit(ticket, out, planned)
         written = sum(entry.bytes for entry in artifact.manifest.files.values())
         self._keep_stats(stage.name, meter)

@@ -32,7 +32,9 @@ class Dataset(Section):
     response: str | None = Field(None, description="template of the answer; only its tokens are scored")
     text: str | None = Field(None, description="template of a plain-text record; none: the file is one text")
     exclude: tuple[str, ...] = Field((), description="records whose first template field is one of these are dropped")
-    heldout: Fraction = Field(0.1, description="share of the records (or of the end of the text) kept for evaluation")
+    heldout: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.1, description="share of the records (or of the end of the text) kept for evaluation"
+    )
 
     @model_validator(mode="after")
     def _templates_agree(self) -> "Dataset":
@@ -50,14 +52,30 @@ def _dataset_shorthand(value: Any) -> Any:
 DatasetField = Annotated[Dataset, BeforeValidator(_dataset_shorthand, json_schema_input_type=str | Dataset)]
 
 
+TASK = "task"
+"""Name of the task's own held-out text in every table."""
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+
+
 class Data(Section):
     """What text is used for what."""
 
     calibration: DatasetField = Field(description="generic text for the calibration pass")
     task: DatasetField = Field(description="what the adapter is trained on, and held-out rows of it")
-    evaluation: dict[str, DatasetField] = Field(
-        default_factory=dict, description="further held-out texts to measure perplexity on, by name"
+    evaluation: dict[Name, DatasetField] = Field(
+        default_factory=dict, description="further texts to measure perplexity on, by name; whole unless heldout is set"
     )
+
+    @field_validator("evaluation")
+    @classmethod
+    def _whole_texts(cls, value: dict[str, Dataset]) -> dict[str, Dataset]:
+        if TASK in value:
+            raise ValueError(f"{TASK} is the name of the task's own held-out rows; choose another")
+        return {
+            name: text if "heldout" in text.model_fields_set else text.model_copy(update={"heldout": 1.0})
+            for name, text in value.items()
+        }
 
 
 class Memory(Section):
@@ -97,7 +115,7 @@ class Decompose(Section):
     )
     table_iterations: Positive = Field(1, description="alternations behind each entry of the error table")
     iterations: Positive = Field(8, description="most alternations of the final decomposition")
-    time_limit: Rate = Field(60.0, description="seconds the exact solver may take; the gap is stated either way")
+    time_limit: Rate = Field(60.0, description="seconds the exact solver may take; cut short, it states the gap")
 
     @field_validator("budget")
     @classmethod
@@ -199,7 +217,7 @@ class Config(Section):
     model: str = Field(description="hub id, local folder, .gguf file, or package:NAME")
     run: str | None = Field(None, description="run folder; default: runs/<name of this file>")
     seed: Count = Field(0, description="seed of everything random")
-    device: str = Field("cpu", description="where training and evaluation happen: cpu, cuda, mps")
+    device: str = Field("cpu", description="where training and evaluation happen: cpu or cuda")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="compute dtype")
     memory: Memory = Field(default_factory=Memory, description="memory limits the plan is checked against")
     data: Data

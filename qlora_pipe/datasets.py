@@ -9,7 +9,7 @@ from string import Formatter
 from typing import Any, Literal
 
 from qlora_pipe.artifacts.manifest import file_digest
-from qlora_pipe.config import Dataset
+from qlora_pipe.config import Config, Dataset
 from qlora_pipe.errors import DataError
 from qlora_pipe.sources import find_file
 
@@ -27,6 +27,20 @@ class Record:
 def fingerprint(dataset: Dataset) -> str:
     """SHA-256 of the file behind a data set, part of the identity of every stage that reads it."""
     return file_digest(find_file(dataset.source))
+
+
+def check(config: Config) -> None:
+    """Refuse data that a later stage would: missing files, wrong templates, too little held out. Raises DataError."""
+    for dataset in (config.data.calibration, config.data.task):
+        load(dataset, "train", config.seed)
+    for dataset in config.data.evaluation.values():
+        load(dataset, "heldout", config.seed)
+    held = load(config.data.task, "heldout", config.seed)
+    if held[0].prompt is not None and len(held) <= config.recover.rows:
+        raise DataError(
+            f"{config.data.task.source}: {len(held)} records are held out, recover.rows takes {config.recover.rows} of "
+            "them and evaluate needs others; give more records, a larger heldout share or fewer recover.rows"
+        )
 
 
 def load(dataset: Dataset, part: Part, seed: int) -> list[Record]:

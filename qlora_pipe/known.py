@@ -29,20 +29,6 @@ CHAIN = (
 )
 """The stages in order."""
 
-_READS = {
-    "source": ("source",),
-    "calibrate": ("source",),
-    "score": ("source", "calibrate"),
-    "decompose": ("source", "calibrate"),
-    "prune": ("decompose",),
-    "train": ("prune",),
-    "compact": ("source", "train"),
-    "recover": ("source", "prune", "train", "compact"),
-    "export": ("source", "recover", "compact"),
-    "evaluate": ("source", "decompose", "prune", "train", "compact", "recover"),
-}
-"""Whose weights a stage reads; `source` stands for the original model."""
-
 _OFFSET_DIGITS = 20
 
 Allocation = Mapping[str, Choice]
@@ -50,13 +36,16 @@ Allocation = Mapping[str, Choice]
 
 @dataclass(frozen=True)
 class Known:
-    """Configuration and headers; the allocation once it is solved (`allocation_is_final`), before that an estimate."""
+    """Configuration and headers; the allocation once it is solved (`allocation_is_final`), before that an estimate.
+
+    `converts`: the model is a GGUF file, which becomes a folder of fp32 safetensors first."""
 
     config: Config
     architecture: Architecture
     dtypes: Mapping[str, str]
     allocation: Allocation
     allocation_is_final: bool
+    converts: bool = False
 
     @cached_property
     def small(self) -> Architecture:
@@ -131,7 +120,26 @@ class Known:
 
     def reads(self, stage: str) -> int:
         """Bytes of weights that a stage reads, each file counted once."""
-        return sum(self._weight_bytes(name) for name in _READS.get(stage, ()))
+        return sum(self._weight_bytes(name) for name in self._reads(stage))
+
+    def _reads(self, stage: str) -> tuple[str, ...]:
+        """Whose weights a stage reads; `source` stands for the original model."""
+        compact = ("compact",) if self.config.compact.enabled else ()
+        deployed = ("decompose",) if self.config.recover.base == "decomposed" else ()
+        trained = compact or ("prune", "train")
+        found: dict[str, tuple[str, ...]] = {
+            "source": ("source",),
+            "calibrate": ("source",),
+            "score": ("source", "calibrate"),
+            "decompose": ("source", "calibrate"),
+            "prune": ("decompose", "calibrate"),
+            "train": ("prune",),
+            "compact": ("source", "train") if compact else (),
+            "recover": ("source", "prune", "train", *compact, *deployed),
+            "export": ("source", "recover", *trained, *deployed),
+            "evaluate": ("source", "decompose", "prune", "train", *compact, "recover"),
+        }
+        return found.get(stage, ())
 
     def _weight_bytes(self, stage: str) -> int:
         return self.base_bytes() if stage == "source" else sum(self.files(stage).values())

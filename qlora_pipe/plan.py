@@ -9,7 +9,7 @@ from qlora_pipe.config import Config
 from qlora_pipe.errors import PlanError
 from qlora_pipe.known import CHAIN, Known, check_shapes, estimate_allocation
 from qlora_pipe.memory import peak_bytes
-from qlora_pipe.sources import ModelSource, already_converted, architecture_of, converted_folder, find_model
+from qlora_pipe.sources import ModelSource, architecture_of, find_model
 from qlora_pipe.units import format_bytes, parse_bytes
 
 
@@ -58,15 +58,18 @@ def make_plan(config: Config, base: Path | None = None) -> Plan:
 def know(config: Config, base: Path | None = None) -> Known:
     """What headers tell: the architecture, dtypes, and an estimated allocation."""
     source = ModelSource("folder", config.model, base) if base else find_model(config.model)
-    if source.kind == "gguf" and source.path is not None and already_converted(source.path):
-        source = ModelSource("folder", source.name, converted_folder(source.path))
+    if source.path is None:
+        from qlora_pipe.hf.hub import cached
+
+        source = ModelSource("folder", source.name, cached(source.name))
     architecture = architecture_of(source)
     check_shapes(architecture, config)
     dtypes = {}
     if source.kind == "folder" and source.path is not None:
         dtypes = {name: place.spec.dtype for name, place in read_folder(source.path).items()}
     estimate = estimate_allocation(architecture, dtypes, config)
-    return Known(config, architecture, dtypes, estimate, allocation_is_final=False)
+    converts = source.kind == "gguf"
+    return Known(config, architecture, dtypes, estimate, allocation_is_final=False, converts=converts)
 
 
 def plan_known(known: Known) -> Plan:

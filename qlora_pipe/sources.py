@@ -17,7 +17,7 @@ from qlora_pipe.errors import ArtifactError, SourceError
 from qlora_pipe.gguf_header import gguf_config
 
 _PACKAGE = "package:"
-_WEIGHTS = (".safetensors", ".safetensors.index.json")
+_INDEX = "model.safetensors.index.json"
 _TOKENIZER = (
     "tokenizer",
     "special_tokens",
@@ -96,7 +96,7 @@ def base_name(model: str, run: Path) -> str:
 def architecture_of(source: ModelSource) -> Architecture:
     """The structure of a model from headers alone; for a folder every tensor's shape is checked. Raises SourceError."""
     if source.path is None:
-        raise SourceError(f"{source.name}: not on this machine yet, and a plan downloads nothing; fetch it first")
+        raise SourceError(f"{source.name}: not on this machine yet; `qlora-pipe source CONFIG` fetches it")
     if source.kind == "gguf":
         return from_config(gguf_config(source.path))
     architecture = from_config(read_config(source.path))
@@ -123,8 +123,9 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def model_files(folder: Path) -> list[Path]:
     """The files of a model folder that matter: config, weights, tokenizer; sorted by name."""
-    names = (path for path in folder.iterdir() if path.is_file())
-    return sorted(p for p in names if p.name == "config.json" or p.name.endswith(_WEIGHTS) or is_tokenizer(p))
+    weights = {place.file for place in read_folder(folder).values()}
+    others = {path for path in folder.iterdir() if path.name in ("config.json", _INDEX) or is_tokenizer(path)}
+    return sorted(weights | others)
 
 
 def is_tokenizer(path: Path) -> bool:

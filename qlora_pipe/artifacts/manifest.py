@@ -1,6 +1,6 @@
 """The manifest: what an artifact is, from what it was made, and the hash of every file.
 
-It holds nothing that differs between two runs of the same configuration: no times, no paths of the machine.
+It holds nothing that differs between two runs of the same configuration: no times, no host names.
 """
 
 import hashlib

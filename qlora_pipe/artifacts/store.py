@@ -28,6 +28,9 @@ from qlora_pipe.artifacts.manifest import (
 )
 from qlora_pipe.errors import ArtifactError, PlanError, StageError
 
+_FULL = 2**20
+"""Free bytes below which a disk counts as full."""
+
 _LIBRARIES = ("qlora-pipe", "torch", "transformers", "pulp")
 
 
@@ -126,8 +129,10 @@ class Store:
         try:
             folder.mkdir(parents=True)
             yield folder
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        except Exception as error:
+            # Other libraries turn a full disk into errors of their own.
+            refused = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+            if refused or shutil.disk_usage(self.run).free < _FULL:
                 raise StageError(
                     f"{ticket.stage}: the disk that holds {self.run} is full; free some space and run again, "
                     "finished stages are kept"

@@ -1,6 +1,7 @@
 """A LoRA adapter in the folder format of PEFT, readable by PEFT alone."""
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,7 +29,8 @@ def write_peft(
     PEFT computes x + lora_alpha / r * B A x, so lora_alpha = strength * rank; the recovery `scale` is folded into B.
     Exact for scale 1. Peak bytes: one factor.
     """
-    with TensorWriter(folder, layout, stem=STEM) as writer:
+    # PEFT reads one file, whatever its size.
+    with TensorWriter(folder, layout, stem=STEM, limit=sys.maxsize) as writer:
         for name in layout:
             tensor = read(name.removeprefix(_ROOT))
             writer.write(name, tensor * scale if name.endswith("lora_B.weight") else tensor)

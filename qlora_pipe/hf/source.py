@@ -6,18 +6,14 @@ import stat
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from transformers.utils import logging
 
 from qlora_pipe.artifacts.manifest import file_digest
 from qlora_pipe.artifacts.store import Store, Ticket
-from qlora_pipe.errors import SourceError
 from qlora_pipe.events import Reporter
+from qlora_pipe.hf.hub import download
 from qlora_pipe.sources import CONVERSION, ModelSource, already_converted, cache_folder, converted_folder
-
-_WANTED = ["config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer*"]
-_WANTED += ["special_tokens_map.json", "chat_template*", "vocab.*", "merges.txt", "added_tokens.json"]
 
 
 def quiet() -> None:
@@ -29,13 +25,7 @@ def quiet() -> None:
 def fetch(source: ModelSource, reporter: Reporter) -> Path:
     """The Hugging Face folder of a model; raises SourceError. Peak bytes: for GGUF, the dense fp32 model twice."""
     if source.path is None:
-        try:
-            return Path(snapshot_download(source.name, allow_patterns=_WANTED))
-        except Exception as error:
-            raise SourceError(
-                f"{source.name}: could not be fetched from the hub ({error}); check the name and the connection, or "
-                "give a local folder"
-            ) from error
+        return download(source.name)
     if source.kind == "gguf":
         return _convert(source.path, reporter)
     return source.path

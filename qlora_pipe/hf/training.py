@@ -117,7 +117,8 @@ class _SlotTrainer(Trainer):
         loss = summed_loss(self.accelerator.unwrap_model(model), inputs) / count
         if not torch.isfinite(loss):
             raise StageError(
-                f"the loss is {loss.item()} at step {self.state.global_step + 1}; the last whole checkpoint is kept: "
+                f"the loss is {loss.item()} at step {self.state.global_step + 1}; the last whole checkpoint "
+                "of these settings is kept: "
                 "lower the learning rate and run again"
             )
         return loss

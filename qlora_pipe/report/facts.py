@@ -98,9 +98,19 @@ class Facts:
         plans = {row["name"]: row for row in self.plan.get("stages", [])}
         return [self._stage(name, plans.get(name, {})) for name in CHAIN]
 
+    def stale(self, name: str) -> bool:
+        """Whether a stage was made from something that is no longer there: its figures are of other settings."""
+        inputs = self.manifests[name].inputs.items()
+        return any(
+            key in self.manifests and (self.manifests[key].identity != value or self.stale(key))
+            for key, value in inputs
+        )
+
     def _stage(self, name: str, plan: Mapping[str, Any]) -> StageRow:
         manifest, stats = self.manifests.get(name), self.stats.get(name, {})
         state = "skipped" if name in self.skipped else "done" if manifest else "not run"
+        if manifest is not None and self.stale(name):
+            state = "stale"
         if manifest is None:
             return StageRow(name, state, None, None, plan.get("host_peak") or None, None)
         written = sum(entry.bytes for entry in manifest.files.values())

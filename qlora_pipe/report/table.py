@@ -69,7 +69,7 @@ def stage_table(facts: Facts) -> tuple[list[str], list[list[str]]]:
         if row.state != "not run":
             share = row.measured / row.planned if row.measured and row.planned else None
             sizes = (_size(row.measured), _size(row.planned), "-" if share is None else f"{share:.2f}")
-            name = f"{row.name} (skipped)" if row.state == "skipped" else row.name
+            name = row.name if row.state == "done" else f"{row.name} ({row.state})"
             rows.append([name, _seconds(row.seconds), *sizes, _size(row.written)])
     return head, rows
 

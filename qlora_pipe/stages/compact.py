@@ -77,10 +77,13 @@ def _write(context: Context, modules: dict[str, L4QLinear]) -> None:
             writer.write(f"{name}.lora_B.weight", module.lora_b)
 
 
-def _settings(config: Config) -> dict[str, Any]:
+def compact_settings(config: Config) -> dict[str, Any]:
+    """What the integer model depends on."""
     if not config.compact.enabled:
         return {"enabled": False}
-    return computing(config) | config.compact.model_dump(mode="json")
+    return computing(config) | config.compact.model_dump(mode="json", exclude={"save_steps"})
 
 
-STAGE = Stage("compact", 1, ("source", "prune", "train"), _settings, run, lambda config: {"task": config.data.task})
+STAGE = Stage(
+    "compact", 1, ("source", "prune", "train"), compact_settings, run, lambda config: {"task": config.data.task}
+)

@@ -6,6 +6,9 @@ from typing import Any
 
 from qlora_pipe import datasets, layouts
 from qlora_pipe.artifacts.headers import read_folder
+from qlora_pipe.artifacts.layout import folder_files
+from qlora_pipe.config import TASK
+from qlora_pipe.errors import DataError
 from qlora_pipe.hf.loss import score
 from qlora_pipe.hf.model import Model
 from qlora_pipe.hf.tokens import Row, load_tokenizer, rows, take
@@ -13,6 +16,8 @@ from qlora_pipe.stages.base import Context, Stage, computing
 from qlora_pipe.stages.models import base_model, decomposed_model, integer_model, pruned_model, with_adapter
 from qlora_pipe.stages.recover import heldout_rows
 from qlora_pipe.stages.train import strength
+
+_SHORTEST_ANSWER = 32
 
 
 def run(context: Context) -> None:
@@ -47,7 +52,11 @@ def _texts(context: Context) -> dict[str, list[Row]]:
     """Held-out rows by data set; of the task those that did not choose the recovery scale."""
     config = context.config
     settings = config.evaluate
-    texts = {"task": take(heldout_rows(context)[config.recover.rows :], settings.tokens)}
+    chosen_before = config.recover.rows
+    held = heldout_rows(context, chosen_before + max(1, settings.tokens // _SHORTEST_ANSWER))[chosen_before:]
+    if not held:
+        raise DataError(f"{config.data.task.source}: no held-out row is left after recover.rows; give more records")
+    texts = {TASK: take(held, settings.tokens)}
     tokenizer = load_tokenizer(context.base)
     for name, dataset in config.data.evaluation.items():
         records = datasets.load(dataset, "heldout", config.seed)
@@ -76,9 +85,11 @@ def _models(context: Context) -> Iterator[tuple[str, Model]]:
 def _sizes(context: Context) -> dict[str, dict[str, Any]]:
     """Bits per block weight (scales and low-rank factors counted) and bytes on disk of every model."""
     known = context.known
-    base = {name: place.spec for name, place in read_folder(context.base).items()}
-    base_file = sum(path.stat().st_size for path in context.base.glob("*.safetensors"))
-    adapter, full_adapter = known.files("train"), known.files("recover")["adapter.safetensors"]
+    places = read_folder(context.base)
+    base = {name: place.spec for name, place in places.items()}
+    base_file = sum(path.stat().st_size for path in {place.file for place in places.values()})
+    adapter = known.files("train")
+    full_adapter = sum(folder_files(known.full_adapter(), stem="adapter").values())
 
     def size(tensors: layouts.Tensors, files: int, weights: int, extra: int = 0) -> dict[str, Any]:
         bits = 8 * (layouts.linear_bytes(tensors, known.architecture) + extra) / weights
@@ -95,7 +106,7 @@ def _sizes(context: Context) -> dict[str, dict[str, Any]]:
         "trained-small": size(known.pruned(), pruned + sum(adapter.values()), small, extra_small),
     }
     if context.config.compact.enabled:
-        found["compact"] = size(known.integers(), known.files("compact")["model.safetensors"], small)
+        found["compact"] = size(known.integers(), sum(folder_files(known.integers()).values()), small)
     found["full+recovered"] = size(base, base_file + full_adapter, full, extra_full)
     found["decomposed+recovered"] = size(known.decomposed(), decomposed + full_adapter, full, extra_full)
     return found
@@ -109,8 +120,8 @@ STAGE = Stage(
         computing(config)
         | config.evaluate.model_dump(mode="json")
         | {"recover_rows": config.recover.rows, "alpha": config.train.alpha}
-        | {"compact": config.compact.model_dump(mode="json", include={"enabled", "bits", "group_size"})}
+        | {"compact": config.compact.enabled}
     ),
     run,
-    lambda config: {"task": config.data.task} | config.data.evaluation,
+    lambda config: {TASK: config.data.task} | config.data.evaluation,
 )

@@ -12,7 +12,7 @@ from qlora_pipe.hf.loss import score
 from qlora_pipe.hf.model import dense_linear, set_strength
 from qlora_pipe.hf.tokens import Row, load_tokenizer, rows
 from qlora_pipe.stages.base import Context, Stage, computing
-from qlora_pipe.stages.compact import compact_strength
+from qlora_pipe.stages.compact import compact_settings, compact_strength
 from qlora_pipe.stages.models import (
     base_model,
     decomposed_model,
@@ -25,8 +25,6 @@ from qlora_pipe.stages.train import strength
 from qlora_pipe.transfer import Losses, UnquantiseGap, choose_scale, transfer_efficiency
 from quant.grid import dequantize, init_step, quantize
 
-_SHORTEST_ANSWER = 32
-
 
 def run(context: Context) -> None:
     """Scatter, then measure. Peak bytes: one full dense model with the adapter."""
@@ -34,7 +32,7 @@ def run(context: Context) -> None:
     _scatter(context, "train", "adapter", known.full_adapter())
     if config.compact.enabled:
         _scatter(context, "compact", "compact_adapter", known.full_compact_adapter())
-    chosen = heldout_rows(context)[: config.recover.rows]
+    chosen = heldout_rows(context, config.recover.rows)
     by_scale = _loss_by_scale(context, chosen)
     scale = choose_scale(by_scale)
     losses = Losses(by_scale[0.0], by_scale[scale], *_small_losses(context, chosen))
@@ -54,16 +52,12 @@ def run(context: Context) -> None:
     context.reporter.event("recovered", _verdict(report))
 
 
-def heldout_rows(context: Context) -> list[Row]:
-    """Held-out rows of the task: the first `recover.rows` choose the scale, those after them are for evaluate."""
+def heldout_rows(context: Context, count: int) -> list[Row]:
+    """The first `count` held-out rows of the task: `recover.rows` of them choose the scale, evaluate takes others."""
     config = context.config
     records = datasets.load(config.data.task, "heldout", config.seed)
     return rows(
-        load_tokenizer(context.base),
-        records,
-        length=config.evaluate.length,
-        count=config.recover.rows + max(1, config.evaluate.tokens // _SHORTEST_ANSWER),
-        name=config.data.task.source,
+        load_tokenizer(context.base), records, length=config.evaluate.length, count=count, name=config.data.task.source
     )
 
 
@@ -134,8 +128,8 @@ STAGE = Stage(
     lambda config: (
         computing(config)
         | config.recover.model_dump(mode="json")
-        | {"evaluate": config.evaluate.model_dump(mode="json")}
-        | {"compact": config.compact.model_dump(mode="json")}
+        | {"length": config.evaluate.length}
+        | {"compact": compact_settings(config)}
         | {"alpha": config.train.alpha}
     ),
     run,

@@ -58,7 +58,7 @@ STAGE = Stage(
     "train",
     1,
     ("source", "allocate", "prune"),
-    lambda config: computing(config) | config.train.model_dump(mode="json"),
+    lambda config: computing(config) | config.train.model_dump(mode="json", exclude={"save_steps"}),
     run,
     lambda config: {"task": config.data.task},
 )

