@@ -1,6 +1,7 @@
 """What is known before a stage runs, and the exact weight files it will write; needs no torch."""
 
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -8,7 +9,7 @@ from functools import cached_property
 from prune.groups import PRUNED_AXIS, shape_of
 from qlora_pipe import layouts
 from qlora_pipe.architectures import Architecture
-from qlora_pipe.artifacts.layout import DTYPE_BYTES, Layout, file_bytes, folder_files
+from qlora_pipe.artifacts.layout import DTYPE_BYTES, SHARD_BYTES, folder_files
 from qlora_pipe.config import Config
 from qlora_pipe.errors import BudgetError, ConfigError
 from qlora_pipe.units import parse_budget
@@ -30,6 +31,9 @@ CHAIN = (
 """The stages in order."""
 
 _OFFSET_DIGITS = 20
+
+PEFT_ADAPTER = "peft/adapter_model"
+"""The one set of weights that is never split: PEFT reads a single file."""
 
 Allocation = Mapping[str, Choice]
 
@@ -80,43 +84,43 @@ class Known:
     def compact_adapter(self) -> layouts.Tensors:
         return layouts.adapter(self.small, self.compact_rank())
 
-    def files(self, stage: str) -> dict[str, int]:
-        """Name to exact bytes of every weight file that a stage writes."""
+    def outputs(self, stage: str) -> dict[str, layouts.Tensors]:
+        """Layout of every set of weights a stage writes, by path in its artifact without the ending."""
         config = self.config
         if stage == "calibrate":
-            return folder_files(layouts.moments(self.architecture), stem="moments")
+            return {"moments": layouts.moments(self.architecture)}
         if stage == "decompose":
-            return folder_files(self.decomposed())
+            return {"model": self.decomposed()}
         if stage == "prune":
-            return folder_files(self.pruned())
+            return {"model": self.pruned()}
         if stage == "train":
-            return folder_files(self.adapter(), stem="adapter")
+            return {"adapter": self.adapter()}
         if stage == "compact" and config.compact.enabled:
-            return folder_files(self.integers()) | folder_files(self.compact_adapter(), stem="adapter")
+            return {"model": self.integers(), "adapter": self.compact_adapter()}
         if stage == "recover":
-            found = folder_files(self.full_adapter(), stem="adapter")
-            if config.compact.enabled:
-                found |= folder_files(self.full_compact_adapter(), stem="compact_adapter")
-            return found
+            compact = {"compact_adapter": self.full_compact_adapter()} if config.compact.enabled else {}
+            return {"adapter": self.full_adapter()} | compact
         if stage == "export":
-            return self._exported()
+            wanted = {
+                PEFT_ADAPTER: config.export.peft and layouts.peft_adapter(self.architecture, config.train.rank),
+                "merged/model": config.export.merged and layouts.dense(self.architecture, config.export.dtype),
+                "small/model": config.export.small and layouts.dense(self.small, config.export.dtype),
+            }
+            return {path: layout for path, layout in wanted.items() if layout}
         return {}
+
+    def files(self, stage: str) -> dict[str, int]:
+        """Name to exact bytes of every weight file that a stage writes."""
+        found: dict[str, int] = {}
+        for path, layout in self.outputs(stage).items():
+            folder, slash, stem = path.rpartition("/")
+            limit = sys.maxsize if path == PEFT_ADAPTER else SHARD_BYTES
+            found |= {f"{folder}{slash}{name}": size for name, size in folder_files(layout, limit, stem).items()}
+        return found
 
     def tensor_count(self, stage: str) -> int:
         """Tensors a stage writes."""
-        config = self.config
-        linears = len(self.allocation)
-        dense = len(self.architecture.tensors())
-        counts = {
-            "calibrate": 2 * linears,
-            "decompose": len(self.decomposed()),
-            "prune": len(self.pruned()),
-            "train": 2 * linears,
-            "compact": (len(self.integers()) + 2 * linears) * config.compact.enabled,
-            "recover": 2 * linears * (1 + config.compact.enabled),
-            "export": 2 * linears * config.export.peft + dense * (config.export.merged + config.export.small),
-        }
-        return counts.get(stage, 0)
+        return sum(len(layout) for layout in self.outputs(stage).values())
 
     def reads(self, stage: str) -> int:
         """Bytes of weights that a stage reads, each file counted once."""
@@ -148,21 +152,6 @@ class Known:
         """Bytes of the original model's tensors, fp32 where the header is not known yet."""
         shapes = self.architecture.tensors()
         return sum(math.prod(shape) * DTYPE_BYTES[self.dtypes.get(name, "F32")] for name, shape in shapes.items())
-
-    def _exported(self) -> dict[str, int]:
-        export = self.config.export
-        found = {}
-        if export.peft:
-            adapter: Layout = layouts.peft_adapter(self.architecture, self.config.train.rank)
-            found["peft/adapter_model.safetensors"] = file_bytes(adapter)
-        for wanted, folder, architecture in (
-            (export.merged, "merged", self.architecture),
-            (export.small, "small", self.small),
-        ):
-            if wanted:
-                files = folder_files(layouts.dense(architecture, export.dtype))
-                found |= {f"{folder}/{name}": size for name, size in files.items()}
-        return found
 
 
 def choices_for(architecture: Architecture, role: str, layer: int, config: Config) -> list[Choice]:

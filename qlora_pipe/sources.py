@@ -138,10 +138,10 @@ def converted_folder(gguf: Path) -> Path:
     return cache_folder() / "models" / f"{file_digest(gguf)[:32]}-v{CONVERSION}"
 
 
-def already_converted(gguf: Path) -> bool:
-    """Whether the cache holds a whole conversion of this file."""
+def is_converted(folder: Path) -> bool:
+    """Whether a `converted_folder` holds a whole conversion."""
     try:
-        read_manifest(converted_folder(gguf))
+        read_manifest(folder)
     except ArtifactError:
         return False
     return True

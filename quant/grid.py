@@ -171,6 +171,16 @@ def dequantize(codes: Tensor, scale: Tensor, offset: Tensor | None) -> Tensor:
     return grouped.view_as(codes)
 
 
+def to_unsigned(codes: Tensor, bits: int) -> Tensor:
+    """Signed codes in [QN, QP] as uint8 in [0, 2**bits - 1], the form that is packed."""
+    return (codes.to(torch.int16) - bounds(bits)[0]).to(torch.uint8)
+
+
+def to_signed(codes: Tensor, bits: int) -> Tensor:
+    """The int8 codes that ``to_unsigned`` was given."""
+    return (codes.to(torch.int16) + bounds(bits)[0]).to(torch.int8)
+
+
 def _check_grid(matrix: Tensor, scale: Tensor, offset: Tensor | None) -> None:
     rows_match = matrix.dim() == 2 and scale.dim() == 2 and scale.shape[0] == matrix.shape[0]
     if not rows_match or not scale.shape[1] or matrix.shape[1] % scale.shape[1]:

@@ -9,11 +9,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from transformers.utils import logging
 
-from qlora_pipe.artifacts.manifest import file_digest
 from qlora_pipe.artifacts.store import Store, Ticket
 from qlora_pipe.events import Reporter
 from qlora_pipe.hf.hub import download
-from qlora_pipe.sources import CONVERSION, ModelSource, already_converted, cache_folder, converted_folder
+from qlora_pipe.sources import CONVERSION, ModelSource, cache_folder, converted_folder, is_converted
 
 
 def quiet() -> None:
@@ -37,7 +36,7 @@ def _convert(gguf: Path, reporter: Reporter) -> Path:
     Peak bytes: transformers' loader holds the fp32 model and its state dict for a moment.
     """
     folder = converted_folder(gguf)
-    if already_converted(gguf):
+    if is_converted(folder):
         reporter.event("cached", f"{gguf.name}: using the conversion cached at {folder}")
         return folder
     reporter.event("convert", f"{gguf.name}: converting to safetensors once, cached at {folder}")
@@ -48,7 +47,7 @@ def _convert(gguf: Path, reporter: Reporter) -> Path:
     )
     tokenizer = AutoTokenizer.from_pretrained(parent, gguf_file=gguf.name)
     scratch = Store(cache_folder() / "convert")
-    ticket = Ticket("model", CONVERSION, {}, {"gguf": file_digest(gguf)})
+    ticket = Ticket("model", CONVERSION, {}, {"gguf": folder.name})
     with scratch.lock(), scratch.writing(ticket) as place:
         config = {key: value for key, value in model.config.to_dict().items() if key != "quantization_config"}
         clean = type(model)(AutoConfig.for_model(**config))

@@ -8,8 +8,10 @@ from torch import Tensor, nn
 from qlora_pipe.config import Config
 from qlora_pipe.stages.base import Context, Stage, computing
 from qlora_pipe.stages.models import Make, l4q_modules, sliced_base_model
+from qlora_pipe.stages.packing import read_factors
 from qlora_pipe.stages.train import fit, strength
 from quant.fakequant import L4QLinear
+from quant.grid import to_unsigned
 from quant.pack import pack
 
 
@@ -42,9 +44,7 @@ def _l4q_maker(context: Context) -> Make:
     adapter = context.reader("train", "adapter")
 
     def make(name: str, weight: Tensor, bias: Tensor | None) -> nn.Module:
-        start = None
-        if settings.warm_start:
-            start = (adapter.read(f"{name}.lora_A.weight"), adapter.read(f"{name}.lora_B.weight"))
+        start = read_factors(adapter.read, name) if settings.warm_start else None
         return L4QLinear(
             weight,
             bias,
@@ -61,11 +61,11 @@ def _l4q_maker(context: Context) -> Make:
 
 
 def _write(context: Context, modules: dict[str, L4QLinear]) -> None:
-    known, half = context.known, 1 << (context.config.compact.bits - 1)
+    known = context.known
     with context.writer(known.integers()) as writer:
         for name, module in modules.items():
             codes, scale, _ = module.quantized()
-            writer.write(f"{name}.codes", pack((codes.to(torch.int16) + half).to(torch.uint8), module.bits))
+            writer.write(f"{name}.codes", pack(to_unsigned(codes, module.bits), module.bits))
             writer.write(f"{name}.scale", scale)
             if module.bias is not None:
                 writer.write(f"{name}.bias", module.bias.float())

@@ -7,13 +7,15 @@ from typing import Any
 from torch import Tensor
 
 from qlora_pipe import layouts
+from qlora_pipe.architectures import Architecture
+from qlora_pipe.artifacts.tensors import TensorReader
 from qlora_pipe.exporters.dense import write_dense
 from qlora_pipe.exporters.peft import write_peft
 from qlora_pipe.hf.model import small_config
 from qlora_pipe.sources import base_name, read_config
 from qlora_pipe.stages.base import Context, Stage
-from qlora_pipe.stages.models import integer_weight
-from qlora_pipe.stages.packing import read_packed
+from qlora_pipe.stages.models import integer_weight, packed_map
+from qlora_pipe.stages.packing import read_factors
 from qlora_pipe.stages.train import strength
 
 Read = Callable[[str], Tensor]
@@ -59,23 +61,35 @@ def _dense(context: Context, folder: str, read: Read, config: dict[str, Any]) ->
 
 def _merged(context: Context, factor: float) -> Read:
     """Weights of the deployed full model plus the scaled adapter."""
-    adapter, known = context.reader("recover", "adapter"), context.known
-    roles = {name: (layer, role) for layer, role, name in known.architecture.linears()}
-    packed = context.reader("decompose") if context.config.recover.base == "decomposed" else None
+    full = context.known.architecture
+    if context.config.recover.base == "original":
+        dense: Read = context.base_reader.read_float
+    else:
+        dense = _dequantised(context, context.reader("decompose"), full)
+    return _adapted(dense, full, context.reader("recover", "adapter"), factor)
+
+
+def _dequantised(context: Context, reader: TensorReader, architecture: Architecture) -> Read:
+    """Q + L1 L2 for the weights of linear maps, all else as stored."""
+    places = {f"{name}.weight": (layer, role) for layer, role, name in architecture.linears()}
 
     def read(tensor: str) -> Tensor:
-        name, _, kind = tensor.rpartition(".")
-        if kind != "weight" or name not in roles:
-            return context.base_reader.read_float(tensor)
-        if packed is None:
-            weight = context.base_reader.read_float(tensor)
-        else:
-            shape = layouts.packed_shape(
-                known.architecture, *roles[name], known.allocation[name], context.config.decompose
-            )
-            weight = read_packed(packed.read, name, shape).dequantized()
-        lora_a, lora_b = (adapter.read(f"{name}.lora_{side}.weight") for side in "AB")
-        return weight.addmm(lora_b, lora_a, alpha=factor)
+        if tensor not in places:
+            return reader.read_float(tensor)
+        return packed_map(context, reader, architecture, *places[tensor]).dequantized()
+
+    return read
+
+
+def _adapted(dense: Read, architecture: Architecture, adapter: TensorReader, factor: float) -> Read:
+    """`dense` with factor * B A added to the weight of every linear map."""
+    linears = {f"{name}.weight": name for _, _, name in architecture.linears()}
+
+    def read(tensor: str) -> Tensor:
+        if tensor not in linears:
+            return dense(tensor)
+        lora_a, lora_b = read_factors(adapter.read, linears[tensor])
+        return dense(tensor).addmm(lora_b, lora_a, alpha=factor)
 
     return read
 
@@ -96,18 +110,9 @@ def _integers(context: Context) -> Read:
 
 def _small(context: Context) -> Read:
     """The pruned model with its adapter merged."""
-    reader, adapter, known = context.reader("prune"), context.reader("train", "adapter"), context.known
-    roles = {name: (layer, role) for layer, role, name in known.small.linears()}
-
-    def read(tensor: str) -> Tensor:
-        name, _, kind = tensor.rpartition(".")
-        if kind != "weight" or name not in roles:
-            return reader.read_float(tensor)
-        shape = layouts.packed_shape(known.small, *roles[name], known.allocation[name], context.config.decompose)
-        lora_a, lora_b = (adapter.read(f"{name}.lora_{side}.weight") for side in "AB")
-        return read_packed(reader.read, name, shape).dequantized().addmm(lora_b, lora_a, alpha=strength(context))
-
-    return read
+    small = context.known.small
+    dense = _dequantised(context, context.reader("prune"), small)
+    return _adapted(dense, small, context.reader("train", "adapter"), strength(context))
 
 
 STAGE = Stage(

@@ -9,13 +9,13 @@ from torch import Tensor, nn
 from prune.groups import PRUNED_AXIS
 from prune.slice import slice_bias, slice_rows_or_columns
 from qlora_pipe import layouts
-from qlora_pipe.architectures import Architecture
+from qlora_pipe.architectures import Architecture, linear_name
 from qlora_pipe.artifacts.tensors import TensorReader
 from qlora_pipe.hf.model import AdaptedLinear, Model, build, dense_linear, load_config
 from qlora_pipe.stages.base import Context
-from qlora_pipe.stages.packing import read_packed
+from qlora_pipe.stages.packing import read_factors, read_packed
 from quant.fakequant import L4QLinear
-from quant.grid import dequantize
+from quant.grid import dequantize, to_signed
 from quant.linear import PackedLinear
 from quant.pack import unpack
 
@@ -63,7 +63,7 @@ def integer_weight(context: Context, reader: TensorReader, name: str) -> Tensor:
     bits, group = context.config.compact.bits, context.config.compact.group_size
     scale = reader.read(f"{name}.scale")
     codes = unpack(reader.read(f"{name}.codes"), bits, scale.shape[1] * group)
-    return dequantize(codes.to(torch.int16) - (1 << (bits - 1)), scale, None)
+    return dequantize(to_signed(codes, bits), scale, None)
 
 
 def sliced_base_model(context: Context, make: Make, wrap: Wrap | None = None) -> Model:
@@ -93,10 +93,20 @@ def with_adapter(read: Callable[[str], Tensor], strength: float, dtype: torch.dt
     """A wrap that adds stored LoRA factors, scaled by `strength`, to every linear map."""
 
     def wrap(layer: int, role: str, name: str, module: nn.Module) -> nn.Module:
-        lora_a, lora_b = (read(f"{name}.lora_{side}.weight").to(dtype) for side in "AB")
-        return AdaptedLinear(module, lora_a, lora_b, strength)
+        lora_a, lora_b = read_factors(read, name)
+        return AdaptedLinear(module, lora_a.to(dtype), lora_b.to(dtype), strength)
 
     return wrap
+
+
+def packed_map(
+    context: Context, reader: TensorReader, architecture: Architecture, layer: int, role: str
+) -> PackedLinear:
+    """Q + L1 L2 of one linear map, from the tensors of decompose or prune."""
+    name = linear_name(layer, role)
+    choice = context.known.allocation[name]
+    shape = layouts.packed_shape(architecture, layer, role, choice, context.config.decompose)
+    return read_packed(reader.read, name, shape)
 
 
 def l4q_modules(model: Model) -> dict[str, L4QLinear]:
@@ -110,11 +120,10 @@ def packed_modules(model: Model) -> dict[str, PackedLinear]:
 
 
 def _from_packed(context: Context, stage: str, architecture: Architecture, wrap: Wrap | None, *, dense: bool) -> Model:
-    reader, settings = context.reader(stage), context.config.decompose
+    reader = context.reader(stage)
 
     def linear(layer: int, role: str, name: str) -> nn.Module:
-        shape = layouts.packed_shape(architecture, layer, role, context.known.allocation[name], settings)
-        packed = read_packed(reader.read, name, shape)
+        packed = packed_map(context, reader, architecture, layer, role)
         if not dense:
             return packed
         bias = None if packed.bias is None else packed.bias.to(context.dtype)

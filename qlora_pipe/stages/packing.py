@@ -73,6 +73,11 @@ def packed_linear(shape: PackedShape, buffers: Mapping[str, Tensor]) -> PackedLi
     return module
 
 
+def read_factors(read: Callable[[str], Tensor], name: str) -> tuple[Tensor, Tensor]:
+    """Stored LoRA factors of one linear map: A [rank, in] and B [out, rank]."""
+    return read(f"{name}.lora_A.weight"), read(f"{name}.lora_B.weight")
+
+
 def read_packed(read: Callable[[str], Tensor], name: str, shape: PackedShape) -> PackedLinear:
     """A PackedLinear from the tensors on disk."""
     return packed_linear(shape, {buffer: read(f"{name}.{buffer}") for buffer in shape.buffers()})

@@ -12,7 +12,7 @@ from qlora_pipe import layouts
 from qlora_pipe.architectures import linear_name
 from qlora_pipe.errors import ConfigError
 from qlora_pipe.stages.base import Context, Stage
-from qlora_pipe.stages.packing import read_packed
+from qlora_pipe.stages.models import packed_map
 
 _BY_ROW = ("codes", "scale_codes", "scale_max")
 
@@ -66,9 +66,7 @@ def _scores(context: Context) -> list[dict[str, Tensor]]:
     moments = context.reader("calibrate", "moments")
 
     def weight(layer: int, role: str) -> Tensor:
-        name = linear_name(layer, role)
-        shape = layouts.packed_shape(known.architecture, layer, role, known.allocation[name], config.decompose)
-        return read_packed(reader.read, name, shape).dequantized()
+        return packed_map(context, reader, known.architecture, layer, role).dequantized()
 
     with context.reporter.progress("scoring groups", len(known.architecture.layers)) as advance:
         for layer, shape in enumerate(known.architecture.layers):

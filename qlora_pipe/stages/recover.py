@@ -21,6 +21,7 @@ from qlora_pipe.stages.models import (
     sliced_base_model,
     with_adapter,
 )
+from qlora_pipe.stages.packing import read_factors
 from qlora_pipe.stages.train import strength
 from qlora_pipe.transfer import Losses, UnquantiseGap, choose_scale, transfer_efficiency
 from quant.grid import dequantize, init_step, quantize
@@ -66,7 +67,7 @@ def _scatter(context: Context, stage: str, stem: str, layout: layouts.Tensors) -
     reader, full = context.reader(stage, "adapter"), context.known.architecture
     with context.writer(layout, stem=stem) as writer:
         for layer, role, name in full.linears():
-            small_a, small_b = (reader.read(f"{name}.lora_{side}.weight") for side in "AB")
+            small_a, small_b = read_factors(reader.read, name)
             kept = context.index_map.kept_indices(layer, role)
             lora_a, lora_b = scatter_adapter(small_a, small_b, role, kept, shape_of(role, full.layers[layer]))
             writer.write(f"{name}.lora_A.weight", lora_a)

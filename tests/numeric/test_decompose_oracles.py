@@ -11,43 +11,23 @@ import itertools
 
 import pytest
 import torch
+from quant_samples import gaussian, generator, rebuilt, relative, scales_of
 
 from quant import reference
-from quant.blockwise import BlockFormat, dequantize, quantize, scales
+from quant.blockwise import BlockFormat, dequantize
 from quant.decompose import decompose
 from quant.lowrank import svd_lowrank
 
 
-def _generator(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def _gaussian(rows, columns, seed=0, dtype=torch.float32):
-    return torch.randn(rows, columns, generator=_generator(seed), dtype=dtype)
-
-
 def _spiked(rows=256, columns=512, rank=8, seed=0):
     """Unit noise plus a low-rank part of about the same energy."""
-    strong = _gaussian(rows, rank, seed + 1) @ _gaussian(rank, columns, seed + 2)
-    return _gaussian(rows, columns, seed) + strong * 0.5
-
-
-def _scales(quantized, fmt):
-    return scales(quantized.scale_codes, quantized.scale_max, quantized.scale_offset, fmt)
-
-
-def _rebuilt(weight, fmt):
-    quantized = quantize(weight, fmt)
-    return dequantize(quantized.codes, _scales(quantized, fmt), fmt.bits)
-
-
-def _relative(error, weight):
-    return (error.double().norm() / weight.double().norm()).item()
+    strong = gaussian(rows, rank, seed + 1) @ gaussian(rank, columns, seed + 2)
+    return gaussian(rows, columns, seed) + strong * 0.5
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_losses_fall_until_the_loop_stops_and_the_best_is_returned(bits):
-    result = decompose(_spiked(), BlockFormat(bits, 64), 8, generator=_generator(), max_iterations=100, patience=1)
+    result = decompose(_spiked(), BlockFormat(bits, 64), 8, generator=generator(), max_iterations=100, patience=1)
     falling = result.losses[:-1] if len(result.losses) < 100 else result.losses
     assert all(later < earlier for earlier, later in itertools.pairwise(falling))
     assert len(result.losses) <= 100
@@ -55,11 +35,11 @@ def test_losses_fall_until_the_loop_stops_and_the_best_is_returned(bits):
 
 
 def test_first_iteration_quantises_what_the_best_fit_leaves():
-    weight, fmt = _gaussian(64, 96), BlockFormat(3, 32)
+    weight, fmt = gaussian(64, 96), BlockFormat(3, 32)
     u, s, vh = torch.linalg.svd(weight, full_matrices=False)
     residual = weight - (u[:, :40] * s[:40]) @ vh[:40]
-    expected = (residual - _rebuilt(residual, fmt)).double().square().sum().item()
-    result = decompose(weight, fmt, 40, generator=_generator(), max_iterations=1, factor_dtype=torch.float32)
+    expected = (residual - rebuilt(residual, fmt)).double().square().sum().item()
+    result = decompose(weight, fmt, 40, generator=generator(), max_iterations=1, factor_dtype=torch.float32)
     assert result.losses[0] == pytest.approx(expected, rel=1e-3)
 
 
@@ -67,13 +47,13 @@ def test_first_iteration_quantises_what_the_best_fit_leaves():
 def test_losses_follow_the_float64_reference(weighted):
     # Rounding differences move a few codes and then drift apart: 1 % over the first three iterations.
     weight, fmt = _spiked(64, 96, rank=4), BlockFormat(3, 32)
-    rows = torch.rand(64, generator=_generator(5)) + 0.2 if weighted else torch.ones(64)
-    columns = torch.rand(96, generator=_generator(6)) + 0.2 if weighted else torch.ones(96)
+    rows = torch.rand(64, generator=generator(5)) + 0.2 if weighted else torch.ones(64)
+    columns = torch.rand(96, generator=generator(6)) + 0.2 if weighted else torch.ones(96)
     result = decompose(
         weight,
         fmt,
         32,
-        generator=_generator(),
+        generator=generator(),
         row_weight=rows,
         column_weight=columns,
         max_iterations=3,
@@ -87,9 +67,9 @@ def test_losses_follow_the_float64_reference(weighted):
 @pytest.mark.parametrize(("bits", "ours", "plain"), [(2, 0.45, 0.53), (3, 0.153, 0.193), (4, 0.068, 0.088)])
 def test_decomposition_beats_its_alternatives_on_spiked_matrices(bits, ours, plain):
     weight, fmt = _spiked(), BlockFormat(bits, 64)
-    result = decompose(weight, fmt, 8, generator=_generator(), max_iterations=30, factor_dtype=torch.float32)
-    quantised = weight - _rebuilt(weight, fmt)
-    left, right = svd_lowrank(quantised, 8, generator=_generator(), exact=True)
+    result = decompose(weight, fmt, 8, generator=generator(), max_iterations=30, factor_dtype=torch.float32)
+    quantised = weight - rebuilt(weight, fmt)
+    left, right = svd_lowrank(quantised, 8, generator=generator(), exact=True)
     best_loss = result.loss
     assert best_loss < (quantised - left @ right).square().sum().item() < quantised.square().sum().item()
     # Ratios to quantise-then-fit known for one such matrix; another draw stays within a tenth.
@@ -100,35 +80,35 @@ def test_decomposition_beats_its_alternatives_on_spiked_matrices(bits, ours, pla
 @pytest.mark.parametrize("bits", [2, 3])
 def test_randomised_and_full_svd_end_within_a_percent(bits):
     weight, fmt = _spiked(), BlockFormat(bits, 64)
-    randomised = decompose(weight, fmt, 8, generator=_generator(), factor_dtype=torch.float32).loss
+    randomised = decompose(weight, fmt, 8, generator=generator(), factor_dtype=torch.float32).loss
     target, losses = weight, []
     for _ in range(20):
-        left, right = svd_lowrank(target, 8, generator=_generator(), exact=True)
-        quantised = _rebuilt(weight - left @ right, fmt)
+        left, right = svd_lowrank(target, 8, generator=generator(), exact=True)
+        quantised = rebuilt(weight - left @ right, fmt)
         losses.append((weight - left @ right - quantised).square().sum().item())
         target = weight - quantised
     assert randomised**0.5 == pytest.approx(min(losses) ** 0.5, rel=0.01)
 
 
 def test_lora_mapping():
-    weight, fmt, rank = _gaussian(128, 192), BlockFormat(3, 64), 64
-    result = decompose(weight, fmt, rank, generator=_generator(), max_iterations=2, factor_dtype=torch.float32)
+    weight, fmt, rank = gaussian(128, 192), BlockFormat(3, 64), 64
+    result = decompose(weight, fmt, rank, generator=generator(), max_iterations=2, factor_dtype=torch.float32)
     scaling = 16 / rank
     lora_b, lora_a = result.left / scaling**0.5, result.right / scaling**0.5
-    base = dequantize(result.quantized.codes, _scales(result.quantized, fmt), 3)
+    base = dequantize(result.quantized.codes, scales_of(result.quantized, fmt), 3)
     dense = base + result.left @ result.right
-    assert _relative(base + scaling * lora_b @ lora_a - dense, dense) <= 1e-5
-    x = _gaussian(5, 192, 3)
+    assert relative(base + scaling * lora_b @ lora_a - dense, dense) <= 1e-5
+    x = gaussian(5, 192, 3)
     adapted = x @ base.T + scaling * (x @ lora_a.T) @ lora_b.T
-    assert _relative(adapted - x @ dense.T, x @ dense.T) <= 1e-5
-    assert _relative(weight - dense, weight) == pytest.approx(result.loss**0.5 / weight.norm().item(), rel=1e-4)
+    assert relative(adapted - x @ dense.T, x @ dense.T) <= 1e-5
+    assert relative(weight - dense, weight) == pytest.approx(result.loss**0.5 / weight.norm().item(), rel=1e-4)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_low_rank_matrix_is_recovered_in_one_iteration(bits):
-    weight = _gaussian(96, 8) @ _gaussian(8, 128, 1)
+    weight = gaussian(96, 8) @ gaussian(8, 128, 1)
     result = decompose(
-        weight, BlockFormat(bits, 64), 8, generator=_generator(), max_iterations=1, factor_dtype=torch.float32
+        weight, BlockFormat(bits, 64), 8, generator=generator(), max_iterations=1, factor_dtype=torch.float32
     )
     assert result.loss**0.5 <= 1e-5 * weight.norm().item()
 
@@ -144,41 +124,39 @@ def _fisher_weights(fisher, variant):
 
 @pytest.mark.parametrize("variant", ["root of mean", "mean of root"])
 def test_rank_one_fisher_is_exact(variant):
-    matrix = _gaussian(48, 64, dtype=torch.float64)
+    matrix = gaussian(48, 64, dtype=torch.float64)
     fisher = torch.outer(
-        torch.rand(48, generator=_generator(1), dtype=torch.float64) + 0.01,
-        torch.rand(64, generator=_generator(2), dtype=torch.float64) + 0.01,
+        torch.rand(48, generator=generator(1), dtype=torch.float64) + 0.01,
+        torch.rand(64, generator=generator(2), dtype=torch.float64) + 0.01,
     )
     rows, columns = _fisher_weights(fisher, variant)
-    left, right = svd_lowrank(matrix, 6, generator=_generator(), row_weight=rows, column_weight=columns, exact=True)
+    left, right = svd_lowrank(matrix, 6, generator=generator(), row_weight=rows, column_weight=columns, exact=True)
     error = (fisher * (matrix - left @ right).square()).sum()
     tail = torch.linalg.svdvals(fisher.sqrt() * matrix)[6:].square().sum()
     torch.testing.assert_close(error, tail, rtol=1e-10, atol=0)
 
-    scaled = svd_lowrank(
-        matrix, 6, generator=_generator(), row_weight=7 * rows, column_weight=0.3 * columns, exact=True
-    )
+    scaled = svd_lowrank(matrix, 6, generator=generator(), row_weight=7 * rows, column_weight=0.3 * columns, exact=True)
     torch.testing.assert_close(scaled[0] @ scaled[1], left @ right, atol=1e-10, rtol=0)
 
 
 def test_constant_fisher_is_no_weight():
-    matrix = _gaussian(48, 64, dtype=torch.float64)
+    matrix = gaussian(48, 64, dtype=torch.float64)
     rows, columns = _fisher_weights(torch.full((48, 64), 0.09, dtype=torch.float64), "root of mean")
-    weighted = svd_lowrank(matrix, 6, generator=_generator(), row_weight=rows, column_weight=columns, exact=True)
-    plain = svd_lowrank(matrix, 6, generator=_generator(), exact=True)
+    weighted = svd_lowrank(matrix, 6, generator=generator(), row_weight=rows, column_weight=columns, exact=True)
+    plain = svd_lowrank(matrix, 6, generator=generator(), exact=True)
     torch.testing.assert_close(weighted[0] @ weighted[1], plain[0] @ plain[1], atol=1e-10, rtol=0)
 
 
 @pytest.mark.parametrize("factor_dtype", [torch.float32, torch.bfloat16])
 def test_dead_row_and_column_in_the_fisher_leave_everything_finite(factor_dtype):
-    fisher = torch.rand(64, 96, generator=_generator(1))
+    fisher = torch.rand(64, 96, generator=generator(1))
     fisher[3], fisher[:, 10] = 0, 0
     rows, columns = _fisher_weights(fisher, "root of mean")
     result = decompose(
-        _gaussian(64, 96),
+        gaussian(64, 96),
         BlockFormat(3, 32),
         8,
-        generator=_generator(),
+        generator=generator(),
         row_weight=rows,
         column_weight=columns,
         factor_dtype=factor_dtype,

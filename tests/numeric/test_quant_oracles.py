@@ -14,33 +14,13 @@ import itertools
 import bitsandbytes.functional as bnb
 import pytest
 import torch
+from quant_samples import gaussian, rebuilt, relative, scales_of
 
-from quant.blockwise import BlockFormat, dequantize, quantize, scales, storage_bits
+from quant.blockwise import BlockFormat, dequantize, quantize, storage_bits
 from quant.codebook import encode, normal_float
 from quant.pack import pack
 
 GAP = {2: 1.0, 3: 0.5213708, 4: 0.3038071, 8: 0.0263453}
-
-
-def _generator(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def _gaussian(rows, columns, seed=0, dtype=torch.float32):
-    return torch.randn(rows, columns, generator=_generator(seed), dtype=dtype)
-
-
-def _scales(quantized, fmt):
-    return scales(quantized.scale_codes, quantized.scale_max, quantized.scale_offset, fmt)
-
-
-def _rebuilt(weight, fmt):
-    quantized = quantize(weight, fmt)
-    return dequantize(quantized.codes, _scales(quantized, fmt), fmt.bits)
-
-
-def _relative(error, weight):
-    return (error.double().norm() / weight.double().norm()).item()
 
 
 # Codebook and quantiser ------------------------------------------------------------------------------------
@@ -53,7 +33,7 @@ def test_nf4_levels_equal_bitsandbytes():
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_nf4_codes_equal_bitsandbytes(seed):
-    weight = _gaussian(128, 256, seed) * 0.02
+    weight = gaussian(128, 256, seed) * 0.02
     packed, state = bnb.quantize_4bit(weight, blocksize=64, quant_type="nf4")
     theirs = torch.stack([packed.view(-1) >> 4, packed.view(-1) & 15], dim=-1).view(-1, 64)
     absmax = weight.view(-1, 64).abs().amax(dim=1, keepdim=True)
@@ -106,7 +86,7 @@ def test_worked_example(fmt, maxima, scale_codes, scale, codes, squared_error):
     torch.testing.assert_close(quantized.scale_max.float(), torch.tensor(maxima), atol=1e-6, rtol=0)
     assert quantized.scale_codes.tolist() == scale_codes
     assert quantized.codes.tolist() == codes
-    rebuilt_scale = _scales(quantized, fmt)
+    rebuilt_scale = scales_of(quantized, fmt)
     torch.testing.assert_close(rebuilt_scale, torch.tensor(scale), atol=1e-6, rtol=0)
     error = EXAMPLE.double() - dequantize(quantized.codes, rebuilt_scale, fmt.bits).double()
     assert error.square().sum().item() == pytest.approx(squared_error, abs=1e-7)
@@ -115,9 +95,9 @@ def test_worked_example(fmt, maxima, scale_codes, scale, codes, squared_error):
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_scaling_by_a_power_of_two_commutes_and_negation_does_not(bits):
     fmt = BlockFormat(bits, 64, 8, torch.float32)
-    weight = _gaussian(32, 256)
-    assert torch.equal(_rebuilt(4 * weight, fmt), 4 * _rebuilt(weight, fmt))
-    assert not torch.equal(_rebuilt(-weight, fmt), -_rebuilt(weight, fmt))
+    weight = gaussian(32, 256)
+    assert torch.equal(rebuilt(4 * weight, fmt), 4 * rebuilt(weight, fmt))
+    assert not torch.equal(rebuilt(-weight, fmt), -rebuilt(weight, fmt))
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
@@ -125,9 +105,9 @@ def test_scaling_by_a_power_of_two_commutes_and_negation_does_not(bits):
 @pytest.mark.parametrize("scale_dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_error_bound(bits, scale_bits, scale_dtype):
     fmt = BlockFormat(bits, 32, scale_bits, scale_dtype, 16)
-    weight = _gaussian(64, 256)
+    weight = gaussian(64, 256)
     quantized = quantize(weight, fmt)
-    scale = _scales(quantized, fmt)
+    scale = scales_of(quantized, fmt)
     absmax = weight.view(64, 8, 32).abs().amax(-1)
     exact_maximum = (absmax - absmax.min()).view(-1, 16).amax(1)
     stored = quantized.scale_max.float()
@@ -141,7 +121,7 @@ def test_error_bound(bits, scale_bits, scale_dtype):
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_exact_scales_make_quantisation_idempotent(bits):
-    weight = _gaussian(64, 256)
+    weight = gaussian(64, 256)
     codebook = normal_float(bits)
 
     def once(values):
@@ -170,17 +150,17 @@ def test_exact_scales_make_quantisation_idempotent(bits):
     ],
 )
 def test_gaussian_error(block_size, bits, expected):
-    weight = _gaussian(1024, 1024)
+    weight = gaussian(1024, 1024)
     values = weight.view(-1, block_size)
     absmax = values.abs().amax(dim=1, keepdim=True)
     rebuilt = dequantize(encode(values / absmax, normal_float(bits)), absmax, bits)
-    assert _relative(values - rebuilt, weight) ** 2 == pytest.approx(expected, rel=0.03)
+    assert relative(values - rebuilt, weight) ** 2 == pytest.approx(expected, rel=0.03)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_packed_bytes_equal_the_formula(bits):
     fmt = BlockFormat(bits, 64)
-    quantized = quantize(_gaussian(16, 2048), fmt)
+    quantized = quantize(gaussian(16, 2048), fmt)
     stored = pack(quantized.codes, bits).nbytes + pack(quantized.scale_codes, 8).nbytes
     assert stored == 16 * 2048 * (bits + 8 / 64) / 8
 

@@ -11,13 +11,13 @@ from qlora_pipe.artifacts.manifest import Manifest
 from qlora_pipe.errors import SourceError
 from qlora_pipe.sources import (
     ModelSource,
-    already_converted,
     architecture_of,
     base_name,
     cache_folder,
     converted_folder,
     find_file,
     find_model,
+    is_converted,
     model_files,
     package_file,
     read_config,
@@ -190,11 +190,11 @@ def test_a_conversion_is_kept_by_content_and_version(tmp_path: Path, monkeypatch
         path.write_text(text)
     folder = converted_folder(first)
     assert folder == converted_folder(copy) != converted_folder(other)
-    assert not already_converted(first)
+    assert not is_converted(converted_folder(first))
     folder.mkdir(parents=True)
-    assert not already_converted(first)
+    assert not is_converted(converted_folder(first))
     settings: dict[str, Any] = {}
     (folder / "manifest.json").write_text(Manifest("model", "0", 1, settings, {}, {}, {}).to_json())
-    assert already_converted(copy)
+    assert is_converted(converted_folder(copy))
     monkeypatch.setattr(sources, "CONVERSION", sources.CONVERSION + 1)
-    assert not already_converted(first)
+    assert not is_converted(converted_folder(first))
