@@ -1,27 +1,26 @@
-"""Error tables: what each format and rank would cost in quality, for the allocator."""
+"""Error tables: what each choice would cost in quality, for the allocator."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from quant.blockwise import BlockFormat
 from quant.decompose import decompose
 from quant.exceptions import QuantError
 from quant.lowrank import svd_lowrank
+from quant.storage import Choice
 
 
 def error_table(
     weight: Tensor,
-    choices: Sequence[tuple[BlockFormat, int]],
+    choices: Sequence[Choice],
     *,
     generator_seed: int,
     row_weight: Tensor | None = None,
     column_weight: Tensor | None = None,
     iterations: int = 1,
-    factor_dtype: torch.dtype = torch.bfloat16,
 ) -> list[float]:
-    """Loss of every (format, rank) of `choices` on fp32 `weight` [rows, columns], in order.
+    """Loss of every one of `choices` on fp32 `weight` [rows, columns], in order.
 
     Losses are those of `decompose` stopped after `iterations`, weighted alike. The first factorisation, by
     far the dearest step, is computed once at the largest rank and cut for the others: its directions are
@@ -31,21 +30,19 @@ def error_table(
     """
     if iterations < 1:
         raise QuantError(f"iterations must be positive, got {iterations}")
-    largest = max((rank for _, rank in choices), default=0)
+    largest = max((choice.rank for choice in choices), default=0)
     generator = torch.Generator().manual_seed(generator_seed)
     left, right = svd_lowrank(weight, largest, generator=generator, row_weight=row_weight, column_weight=column_weight)
     return [
         decompose(
             weight,
-            fmt,
-            rank,
+            choice,
             generator=torch.Generator().manual_seed(generator_seed),
             row_weight=row_weight,
             column_weight=column_weight,
             max_iterations=iterations,
             patience=iterations,
-            factor_dtype=factor_dtype,
-            first=(left[:, :rank], right[:rank]),
+            first=(left[:, : choice.rank], right[: choice.rank]),
         ).loss
-        for fmt, rank in choices
+        for choice in choices
     ]

@@ -1,9 +1,10 @@
-"""Truncated SVD, exact or randomised, optionally with diagonal row and column weights."""
+"""Truncated SVD, exact or randomised, optionally with diagonal row and column weights; factors as they are stored."""
 
 import torch
 from torch import Tensor
 
 from quant.exceptions import NonFiniteError, QuantError, ShapeError
+from quant.scales import torch_dtype
 
 # Weights below this fraction of the largest are raised to it, so a dead row or column yields finite factors.
 _WEIGHT_FLOOR = 1e-6
@@ -58,6 +59,39 @@ def svd_lowrank(
     if columns is not None:
         right = right / columns
     return left, right
+
+
+def store_factors(left: Tensor, right: Tensor, dtype: str) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Factors left [m, rank] and right [rank, n] in the dtype a Choice names, and their scale: fp32 [rank] for "int8"
+    (see `quantize_factors`), else None."""
+    if dtype == "int8":
+        return quantize_factors(left, right)
+    return left.to(torch_dtype(dtype)), right.to(torch_dtype(dtype)), None
+
+
+def quantize_factors(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Nearest int8 factors left [m, rank] and right [rank, n] in -127..127, and one scale fp32 [rank] per component.
+
+    Component k of the product is ``scale[k] * left[:, k] right[k, :]``. Each side is divided by its largest magnitude
+    over 127, and the scale is the product of both divisors; a component without a scale fp32 can hold is zero. Raises
+    NonFiniteError for NaN or infinity, or a scale beyond fp32.
+    """
+    if not bool(torch.isfinite(left).all() and torch.isfinite(right).all()):
+        raise NonFiniteError("low-rank factors hold NaN or infinity")
+    if not left.shape[1]:
+        return left.to(torch.int8), right.to(torch.int8), left.new_empty(0, dtype=torch.float32)
+    left_step = left.double().abs().amax(dim=0) / 127
+    right_step = right.double().abs().amax(dim=1) / 127
+    scale = (left_step * right_step).float()
+    if not bool(torch.isfinite(scale).all()):
+        raise NonFiniteError("low-rank factors are too large for int8 with a float32 scale")
+    left_step, right_step = (torch.where(scale > 0, step, float("inf")) for step in (left_step, right_step))
+    return (left / left_step).round().to(torch.int8), (right / right_step[:, None]).round().to(torch.int8), scale
+
+
+def dequantize_factors(left: Tensor, right: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    """fp32 factors left [m, rank] and right [rank, n] of what `store_factors` returned; a scale goes to the left."""
+    return left.float() if scale is None else left.float() * scale, right.float()
 
 
 def _randomised_svd(

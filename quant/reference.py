@@ -6,8 +6,8 @@ from statistics import NormalDist
 import torch
 from torch import Tensor
 
-from quant.blockwise import BlockFormat
-from quant.storage import packed_columns
+from quant.scales import torch_dtype
+from quant.storage import Choice, packed_columns
 
 
 def normal_float(bits: int) -> Tensor:
@@ -41,36 +41,83 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     return torch.tensor(signed, dtype=torch.int32).view(rows, -1)
 
 
-def quantize(weight: Tensor, fmt: BlockFormat) -> tuple[Tensor, Tensor, Tensor]:
-    """(codes uint8 [rows, columns], scale codes uint8 [rows, blocks], rebuilt scales float64 [rows, blocks]).
+def grid_levels(choice: Choice) -> Tensor:
+    """Levels of the grids that have their own, float64 [2**bits]."""
+    half = 2 ** (choice.bits - 1)
+    if choice.grid == "nf":
+        return normal_float(choice.bits)
+    return torch.arange(2 * half, dtype=torch.float64) - (half if choice.grid == "int" else 0)
 
-    Only the cast of the superblock maxima leaves float64, because it is part of the format.
+
+def quantize(
+    weight: Tensor, choice: Choice, levels: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """(codes uint8 [rows, columns], stored scales or their codes [rows, blocks], rebuilt scales float64 [rows,
+    blocks], zero points uint8 [rows, blocks] of the grid "uint").
+
+    Only casts that are part of the format leave float64: of the superblock maxima, or of direct scales.
     """
     rows, columns = weight.shape
-    blocks = weight.double().reshape(-1, fmt.block_size)
-    absmax = blocks.abs().amax(dim=1)
-    offset = absmax.min()
-    per_superblock = fmt.blocks_per_superblock(columns)
-    largest = 2**fmt.scale_bits - 1
-    scale_codes, scale = torch.zeros_like(absmax), torch.zeros_like(absmax)
-    for start in range(0, len(absmax), per_superblock):
-        part = slice(start, start + per_superblock)
-        above = absmax[part] - offset
-        maximum = above.max().float().to(fmt.scale_dtype).double()
-        if maximum > 2.0**-24:
-            scale_codes[part] = (above * largest / maximum).round().clamp(0, largest)
-        scale[part] = offset + scale_codes[part] * maximum / largest
-    codes = torch.full_like(blocks, 2 ** (fmt.bits - 1) - 1, dtype=torch.uint8)
+    levels = grid_levels(choice) if levels is None else levels.double()
+    blocks = weight.double().reshape(-1, choice.block_size)
+    wanted = torch.stack([_range_scale(block, choice) for block in blocks])
+    values, scale = _stored_scales(wanted, choice, columns // choice.block_size)
+    codes = torch.empty(blocks.shape, dtype=torch.uint8)
+    zero = torch.zeros(len(blocks), dtype=torch.uint8)
     for index, block in enumerate(blocks):
-        if scale[index] > 0:
-            codes[index] = encode(block / scale[index], normal_float(fmt.bits))
-    return codes.view(rows, columns), scale_codes.to(torch.uint8).view(rows, -1), scale.view(rows, -1)
+        ratio = block / scale[index] if scale[index] > 0 else torch.zeros_like(block)
+        if choice.grid == "uint":
+            zero[index] = int((-ratio.min().clamp(max=0)).round().clamp(0, len(levels) - 1))
+        codes[index] = encode(ratio + zero[index], levels)
+    zeros = zero.view(rows, -1) if choice.grid == "uint" else None
+    return codes.view(rows, columns), values.view(rows, -1), scale.view(rows, -1), zeros
 
 
-def dequantize(codes: Tensor, scale: Tensor, bits: int) -> Tensor:
-    """Level times scale in float64 [rows, columns]."""
-    repeated = scale.double().repeat_interleave(codes.shape[1] // scale.shape[1], dim=1)
-    return normal_float(bits)[codes.long()] * repeated
+def _range_scale(block: Tensor, choice: Choice) -> Tensor:
+    """The smallest scale at which the farthest levels reach the block's extremes."""
+    low, high, half = block.min(), block.max(), 2 ** (choice.bits - 1)
+    if choice.grid == "uint":
+        return torch.div(high.clamp(min=0) - low.clamp(max=0), 2 * half - 1)
+    if choice.grid == "int":
+        return torch.maximum(high / (half - 1), -low / half)
+    return block.abs().max()
+
+
+def _stored_scales(wanted: Tensor, choice: Choice, per_row: int) -> tuple[Tensor, Tensor]:
+    """(what is stored, float64 scales it stands for) of a 1-D list of scales."""
+    if choice.direct:
+        held = wanted.float().to(torch_dtype(choice.scale_dtype))
+        return held, held.double()
+    offset, largest = wanted.min(), 2**choice.scale_bits - 1
+    codes, scale = torch.zeros_like(wanted), torch.zeros_like(wanted)
+    size = choice.superblock or per_row
+    for start in range(0, len(wanted), size):
+        part = slice(start, start + size)
+        above = wanted[part] - offset
+        maximum = above.max().float().to(torch_dtype(choice.scale_dtype)).double()
+        if maximum > 2.0**-24:
+            codes[part] = (above * largest / maximum).round().clamp(0, largest)
+        scale[part] = offset + codes[part] * maximum / largest
+    return codes.to(torch.uint8), scale
+
+
+def dequantize(codes: Tensor, scale: Tensor, levels: Tensor, zero: Tensor | None = None) -> Tensor:
+    """Level, less the zero point, times scale in float64 [rows, columns]."""
+    width = codes.shape[1] // scale.shape[1]
+    shift = 0 if zero is None else zero.double().repeat_interleave(width, dim=1)
+    return (levels.double()[codes.long()] - shift) * scale.double().repeat_interleave(width, dim=1)
+
+
+def lloyd_fit(values: Tensor, weights: Tensor, levels: Tensor, iterations: int) -> Tensor:
+    """Weighted Lloyd iterations by full comparison, float64 [levels]."""
+    values, weights, levels = values.double(), weights.double(), levels.double().clone()
+    for _ in range(iterations):
+        nearest = encode(values, levels)
+        for index in range(len(levels)):
+            own = nearest == index
+            if weights[own].sum() > 0:
+                levels[index] = (weights[own] * values[own]).sum() / weights[own].sum()
+    return levels
 
 
 def weighted_lowrank(matrix: Tensor, rank: int, row_weight: Tensor, column_weight: Tensor) -> Tensor:
@@ -88,14 +135,14 @@ def weighted_loss(error: Tensor, row_weight: Tensor, column_weight: Tensor) -> f
 
 
 def decompose_losses(
-    weight: Tensor, fmt: BlockFormat, rank: int, row_weight: Tensor, column_weight: Tensor, iterations: int
+    weight: Tensor, choice: Choice, row_weight: Tensor, column_weight: Tensor, iterations: int
 ) -> list[float]:
     """Losses of `iterations` alternations with float64 factors and full SVDs."""
     quantised, losses = torch.zeros_like(weight, dtype=torch.float64), []
     for _ in range(iterations):
-        low_rank = weighted_lowrank(weight.double() - quantised, rank, row_weight, column_weight)
-        codes, _, scale = quantize(weight.double() - low_rank, fmt)
-        quantised = dequantize(codes, scale, fmt.bits)
+        low_rank = weighted_lowrank(weight.double() - quantised, choice.rank, row_weight, column_weight)
+        codes, _, scale, zero = quantize(weight.double() - low_rank, choice)
+        quantised = dequantize(codes, scale, grid_levels(choice), zero)
         losses.append(weighted_loss(weight.double() - low_rank - quantised, row_weight, column_weight))
     return losses
 

@@ -1,8 +1,12 @@
 """Seeded samples and short cuts that the numeric tests of the quantiser share."""
 
+import math
+from dataclasses import replace
+
 import torch
 
-from quant.blockwise import dequantize, quantize, scales
+from quant import blockwise, scales
+from quant.storage import PackedShape
 
 
 def generator(seed=0):
@@ -13,13 +17,19 @@ def gaussian(rows, columns, seed=0, dtype=torch.float32):
     return torch.randn(rows, columns, generator=generator(seed), dtype=dtype)
 
 
-def scales_of(quantized, fmt):
-    return scales(quantized.scale_codes, quantized.scale_max, quantized.scale_offset, fmt)
+def scales_of(quantized, choice):
+    return scales.scales(quantized.scales, choice)
 
 
-def rebuilt(weight, fmt):
-    quantized = quantize(weight, fmt)
-    return dequantize(quantized.codes, scales_of(quantized, fmt), fmt.bits)
+def rebuilt(weight, choice):
+    return blockwise.rebuild(blockwise.quantize(weight, choice), choice)
+
+
+def stored_bits(rows, columns, choice):
+    """Bits of everything that Q of a [rows, columns] matrix takes on disk, its levels apart."""
+    buffers = PackedShape(columns, rows, replace(choice, rank=0), transposed=False).buffers()
+    sizes = {name: getattr(torch, dtype).itemsize * math.prod(shape) for name, (dtype, shape) in buffers.items()}
+    return 8 * (sum(sizes.values()) - sizes["levels"] - sizes.get("lowrank_scale", 0))
 
 
 def relative(error, weight):

@@ -29,7 +29,6 @@ from qlora_pipe.stages.models import decomposed_model, integer_model, l4q_module
 from qlora_pipe.stages.packing import packed_linear, read_packed
 from qlora_pipe.stages.train import strength
 from quant import blockwise
-from quant.blockwise import BlockFormat
 from quant.linear import PackedLinear
 from quant.storage import Choice, PackedShape
 
@@ -260,7 +259,7 @@ def test_factors_trained_in_place_go_back_exactly_at_twice_the_rank(chain: Chain
 
 def test_codes_of_down_slice_with_blocks_along_the_output_alone() -> None:
     """Slice the codes, then dequantise = dequantise, then slice; blocks along the input straddle the cut."""
-    fmt = BlockFormat(3, 16)
+    fmt = Choice("nf", 3, 16, 0)
     weight = torch.randn(64, 96, generator=torch.Generator().manual_seed(0))
     kept = torch.tensor([n for n in range(96) if n % 3])
 

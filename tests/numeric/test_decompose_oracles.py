@@ -11,12 +11,13 @@ import itertools
 
 import pytest
 import torch
-from quant_samples import gaussian, generator, rebuilt, relative, scales_of
+from quant_samples import gaussian, generator, rebuilt, relative
 
 from quant import reference
-from quant.blockwise import BlockFormat, dequantize
+from quant.blockwise import rebuild
 from quant.decompose import decompose
 from quant.lowrank import svd_lowrank
+from quant.storage import Choice
 
 
 def _spiked(rows=256, columns=512, rank=8, seed=0):
@@ -27,7 +28,7 @@ def _spiked(rows=256, columns=512, rank=8, seed=0):
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_losses_fall_until_the_loop_stops_and_the_best_is_returned(bits):
-    result = decompose(_spiked(), BlockFormat(bits, 64), 8, generator=generator(), max_iterations=100, patience=1)
+    result = decompose(_spiked(), Choice("nf", bits, 64, 8), generator=generator(), max_iterations=100, patience=1)
     falling = result.losses[:-1] if len(result.losses) < 100 else result.losses
     assert all(later < earlier for earlier, later in itertools.pairwise(falling))
     assert len(result.losses) <= 100
@@ -35,39 +36,37 @@ def test_losses_fall_until_the_loop_stops_and_the_best_is_returned(bits):
 
 
 def test_first_iteration_quantises_what_the_best_fit_leaves():
-    weight, fmt = gaussian(64, 96), BlockFormat(3, 32)
+    weight, fmt = gaussian(64, 96), Choice("nf", 3, 32, 40, factor_dtype="float32")
     u, s, vh = torch.linalg.svd(weight, full_matrices=False)
     residual = weight - (u[:, :40] * s[:40]) @ vh[:40]
     expected = (residual - rebuilt(residual, fmt)).double().square().sum().item()
-    result = decompose(weight, fmt, 40, generator=generator(), max_iterations=1, factor_dtype=torch.float32)
+    result = decompose(weight, fmt, generator=generator(), max_iterations=1)
     assert result.losses[0] == pytest.approx(expected, rel=1e-3)
 
 
 @pytest.mark.parametrize("weighted", [False, True])
 def test_losses_follow_the_float64_reference(weighted):
     # Rounding differences move a few codes and then drift apart: 1 % over the first three iterations.
-    weight, fmt = _spiked(64, 96, rank=4), BlockFormat(3, 32)
+    weight, fmt = _spiked(64, 96, rank=4), Choice("nf", 3, 32, 32, factor_dtype="float32")
     rows = torch.rand(64, generator=generator(5)) + 0.2 if weighted else torch.ones(64)
     columns = torch.rand(96, generator=generator(6)) + 0.2 if weighted else torch.ones(96)
     result = decompose(
         weight,
         fmt,
-        32,
         generator=generator(),
         row_weight=rows,
         column_weight=columns,
         max_iterations=3,
         patience=3,
-        factor_dtype=torch.float32,
     )
-    expected = reference.decompose_losses(weight, fmt, 32, rows, columns, 3)
+    expected = reference.decompose_losses(weight, fmt, rows, columns, 3)
     assert result.losses == pytest.approx(expected, rel=1e-2)
 
 
 @pytest.mark.parametrize(("bits", "ours", "plain"), [(2, 0.45, 0.53), (3, 0.153, 0.193), (4, 0.068, 0.088)])
 def test_decomposition_beats_its_alternatives_on_spiked_matrices(bits, ours, plain):
-    weight, fmt = _spiked(), BlockFormat(bits, 64)
-    result = decompose(weight, fmt, 8, generator=generator(), max_iterations=30, factor_dtype=torch.float32)
+    weight, fmt = _spiked(), Choice("nf", bits, 64, 8, factor_dtype="float32")
+    result = decompose(weight, fmt, generator=generator(), max_iterations=30)
     quantised = weight - rebuilt(weight, fmt)
     left, right = svd_lowrank(quantised, 8, generator=generator(), exact=True)
     best_loss = result.loss
@@ -79,8 +78,8 @@ def test_decomposition_beats_its_alternatives_on_spiked_matrices(bits, ours, pla
 
 @pytest.mark.parametrize("bits", [2, 3])
 def test_randomised_and_full_svd_end_within_a_percent(bits):
-    weight, fmt = _spiked(), BlockFormat(bits, 64)
-    randomised = decompose(weight, fmt, 8, generator=generator(), factor_dtype=torch.float32).loss
+    weight, fmt = _spiked(), Choice("nf", bits, 64, 8, factor_dtype="float32")
+    randomised = decompose(weight, fmt, generator=generator()).loss
     target, losses = weight, []
     for _ in range(20):
         left, right = svd_lowrank(target, 8, generator=generator(), exact=True)
@@ -91,11 +90,11 @@ def test_randomised_and_full_svd_end_within_a_percent(bits):
 
 
 def test_lora_mapping():
-    weight, fmt, rank = gaussian(128, 192), BlockFormat(3, 64), 64
-    result = decompose(weight, fmt, rank, generator=generator(), max_iterations=2, factor_dtype=torch.float32)
-    scaling = 16 / rank
+    weight, fmt = gaussian(128, 192), Choice("nf", 3, 64, 64, factor_dtype="float32")
+    result = decompose(weight, fmt, generator=generator(), max_iterations=2)
+    scaling = 16 / fmt.rank
     lora_b, lora_a = result.left / scaling**0.5, result.right / scaling**0.5
-    base = dequantize(result.quantized.codes, scales_of(result.quantized, fmt), 3)
+    base = rebuild(result.quantized, fmt)
     dense = base + result.left @ result.right
     assert relative(base + scaling * lora_b @ lora_a - dense, dense) <= 1e-5
     x = gaussian(5, 192, 3)
@@ -108,7 +107,7 @@ def test_lora_mapping():
 def test_low_rank_matrix_is_recovered_in_one_iteration(bits):
     weight = gaussian(96, 8) @ gaussian(8, 128, 1)
     result = decompose(
-        weight, BlockFormat(bits, 64), 8, generator=generator(), max_iterations=1, factor_dtype=torch.float32
+        weight, Choice("nf", bits, 64, 8, factor_dtype="float32"), generator=generator(), max_iterations=1
     )
     assert result.loss**0.5 <= 1e-5 * weight.norm().item()
 
@@ -147,19 +146,17 @@ def test_constant_fisher_is_no_weight():
     torch.testing.assert_close(weighted[0] @ weighted[1], plain[0] @ plain[1], atol=1e-10, rtol=0)
 
 
-@pytest.mark.parametrize("factor_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("factor_dtype", ["float32", "bfloat16", "int8"])
 def test_dead_row_and_column_in_the_fisher_leave_everything_finite(factor_dtype):
     fisher = torch.rand(64, 96, generator=generator(1))
     fisher[3], fisher[:, 10] = 0, 0
     rows, columns = _fisher_weights(fisher, "root of mean")
     result = decompose(
         gaussian(64, 96),
-        BlockFormat(3, 32),
-        8,
+        Choice("nf", 3, 32, 8, factor_dtype=factor_dtype),
         generator=generator(),
         row_weight=rows,
         column_weight=columns,
-        factor_dtype=factor_dtype,
     )
     assert bool(torch.isfinite(result.left).all())
     assert bool(torch.isfinite(result.right).all())

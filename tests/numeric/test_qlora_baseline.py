@@ -28,7 +28,7 @@ def ours(weight: Tensor) -> tuple[Tensor, Tensor]:
     blocks = weight.reshape(-1, BLOCK)
     scale = blocks.abs().amax(dim=1, keepdim=True)
     codes = encode(blocks / scale, normal_float(4)).view(weight.shape)
-    rebuilt = dequantize(codes, scale.view(len(weight), -1), 4)
+    rebuilt = dequantize(codes, scale.view(len(weight), -1), normal_float(4))
     return rebuilt, scale.expand_as(blocks).reshape(weight.shape)
 
 

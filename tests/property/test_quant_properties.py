@@ -1,20 +1,26 @@
 """Laws of block quantisation over random shapes, widths and values."""
 
+from dataclasses import replace
+
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quant import reference
-from quant.blockwise import BlockFormat, dequantize, quantize, scales, storage_bits
-from quant.codebook import encode, normal_float
+from quant.blockwise import dequantize, encode_block, quantize, rebuild
+from quant.buffers import first_level_scales, packed_buffers, slice_rows, zero_points
+from quant.codebook import encode, lloyd_fit, normal_float
 from quant.decompose import decompose
+from quant.linear import PackedLinear
+from quant.lowrank import dequantize_factors, store_factors
 from quant.moments import DiagonalMoments
 from quant.pack import pack, unpack
-from quant.storage import packed_columns
+from quant.scales import scales
+from quant.storage import FACTOR_DTYPES, GRIDS, Choice, PackedShape, packed_columns
 
 BITS = st.sampled_from([2, 3, 4, 8])
 SEEDS = st.integers(0, 2**31 - 1)
-SCALE_DTYPES = st.sampled_from([torch.bfloat16, torch.float16, torch.float32])
+SCALE_DTYPES = st.sampled_from(["bfloat16", "float16", "float32"])
 
 settings.register_profile("quant", deadline=None, derandomize=True, max_examples=60)
 QUANT = settings.get_profile("quant")
@@ -25,17 +31,19 @@ def _generator(seed):
 
 
 @st.composite
-def _problems(draw):
-    """A format and a matrix it fits: sizes, spread of magnitudes and zeroed blocks all vary."""
+def _problems(draw, grids=GRIDS, direct=True):
+    """A choice and a matrix it fits: sizes, spread of magnitudes and zeroed blocks all vary."""
     block_size = draw(st.sampled_from([1, 2, 3, 4, 16, 32]))
     blocks, rows = draw(st.integers(1, 6)), draw(st.integers(1, 9))
     superblock = draw(st.sampled_from([None, 1, blocks * rows]))
-    fmt = BlockFormat(draw(BITS), block_size, draw(BITS), draw(SCALE_DTYPES), superblock)
+    stored = draw(st.sampled_from([None, (16, "bfloat16"), (32, "float32")] if direct else [None]))
+    stored = (*stored, None) if stored else (draw(BITS), draw(SCALE_DTYPES), superblock)
+    choice = Choice(draw(st.sampled_from(grids)), draw(BITS), block_size, 0, *stored)
     generator = _generator(draw(SEEDS))
     weight = torch.randn(rows, blocks, block_size, generator=generator)
     weight *= 10 ** (draw(st.integers(0, 4)) * (torch.rand(rows, blocks, 1, generator=generator) - 1))
     weight *= torch.rand(rows, blocks, 1, generator=generator) > draw(st.sampled_from([0.0, 0.3, 1.0]))
-    return fmt, weight.view(rows, -1)
+    return choice, weight.view(rows, -1)
 
 
 @QUANT
@@ -70,7 +78,7 @@ def test_encode_picks_a_nearest_level(values, bits):
 @given(bits=BITS, seed=SEEDS)
 def test_encode_never_decreases_and_levels_are_fixed_points(bits, seed):
     codebook = normal_float(bits)
-    x = (torch.rand(500, generator=_generator(seed)) * 2.4 - 1.2).sort().values
+    x = (torch.rand(9000, generator=_generator(seed)) * 2.4 - 1.2).sort().values
     assert bool((encode(x, codebook).int().diff() >= 0).all())
     assert torch.equal(encode(codebook, codebook), torch.arange(2**bits).to(torch.uint8))
 
@@ -80,75 +88,128 @@ def test_encode_never_decreases_and_levels_are_fixed_points(bits, seed):
 def test_encode_agrees_with_bisection_on_any_codebook(levels, seed):
     codebook = torch.tensor(sorted(levels))
     midpoints = (codebook[1:] + codebook[:-1]) / 2
-    x = torch.cat([torch.rand(200, generator=_generator(seed)) * 2.4 - 1.2, midpoints, codebook])
+    x = torch.cat([torch.rand(9000, generator=_generator(seed)) * 2.4 - 1.2, midpoints, codebook])
     assert torch.equal(encode(x, codebook), torch.bucketize(x, midpoints).to(torch.uint8))
 
 
 @QUANT
 @given(problem=_problems())
 def test_quantising_is_finite_bounded_and_stays_in_range(problem):
-    fmt, weight = problem
-    rows = len(weight)
-    quantized = quantize(weight, fmt)
-    assert int(quantized.codes.max()) < 2**fmt.bits
-    assert int(quantized.scale_codes.max()) < 2**fmt.scale_bits
-    scale = scales(quantized.scale_codes, quantized.scale_max, quantized.scale_offset, fmt)
-    rebuilt = dequantize(quantized.codes, scale, fmt.bits)
+    choice, weight = problem
+    quantized = quantize(weight, choice)
+    assert int(quantized.codes.max()) < 2**choice.bits
+    assert choice.direct or int(quantized.scales.values.max()) < 2**choice.scale_bits
+    rebuilt = rebuild(quantized, choice)
     assert bool(torch.isfinite(rebuilt).all())
-    absmax = weight.view(rows, -1, fmt.block_size).abs().amax(dim=-1)
-    gap = normal_float(fmt.bits).diff().max()
+    scale, levels = scales(quantized.scales, choice), quantized.levels
+    zero = torch.zeros_like(scale) if quantized.zero is None else quantized.zero.float()
+    blocks = weight.view(len(weight), -1, choice.block_size)
+    low, high = blocks.amin(dim=-1), blocks.amax(dim=-1)
+    clipped = torch.maximum(scale * (levels[0] - zero) - low, high - scale * (levels[-1] - zero)).clamp(min=0)
     # fp32 rounding of value / scale * scale: a few ulps of the block's largest value.
-    bound = (gap / 2 * scale + (absmax - scale).clamp(min=0) + 1e-6 * absmax).repeat_interleave(fmt.block_size, 1)
-    assert bool(((weight - rebuilt).abs() <= bound).all())
-
-
-@QUANT
-@given(problem=_problems())
-def test_storage_equals_the_stored_tensors(problem):
-    fmt, weight = problem
-    quantized = quantize(weight, fmt)
-    scale_codes = quantized.scale_codes if fmt.scale_bits == 8 else pack(quantized.scale_codes, fmt.scale_bits)
-    stored = [pack(quantized.codes, fmt.bits), scale_codes, quantized.scale_max, quantized.scale_offset]
-    assert storage_bits(*weight.shape, fmt) == 8 * sum(tensor.nbytes for tensor in stored)
+    bound = levels.diff().max() / 2 * scale + clipped + 1e-6 * torch.maximum(high.abs(), low.abs())
+    assert bool(((weight - rebuilt).abs() <= bound.repeat_interleave(choice.block_size, 1)).all())
+    assert not rebuilt[(scale == 0).repeat_interleave(choice.block_size, 1)].any()
 
 
 @QUANT
 @given(problem=_problems(), seed=SEEDS)
-def test_slicing_rows_commutes_with_dequantising(problem, seed):
-    fmt, weight = problem
-    fmt = BlockFormat(fmt.bits, fmt.block_size, fmt.scale_bits, fmt.scale_dtype)
-    quantized = quantize(weight, fmt)
-    whole = scales(quantized.scale_codes, quantized.scale_max, quantized.scale_offset, fmt)
-    kept = torch.randperm(len(weight), generator=_generator(seed))[: max(1, len(weight) // 2)]
-    sliced = scales(quantized.scale_codes[kept], quantized.scale_max[kept], quantized.scale_offset, fmt)
-    assert torch.equal(sliced, whole[kept])
-    rebuilt = dequantize(quantized.codes, whole, fmt.bits)
-    assert torch.equal(dequantize(quantized.codes[kept], sliced, fmt.bits), rebuilt[kept])
+def test_representable_values_lose_nothing(problem, seed):
+    """Against the scales they were made with, on every grid: codes come back, and so do the values."""
+    choice, weight = problem
+    quantized = quantize(weight, choice)
+    scale, zero = scales(quantized.scales, choice), quantized.zero
+    codes = torch.randint(0, 2**choice.bits, weight.shape, dtype=torch.uint8, generator=_generator(seed))
+    values = dequantize(codes, scale, quantized.levels, zero)
+    again = encode_block(values, scale, quantized.levels, zero)
+    assert torch.equal(dequantize(again, scale, quantized.levels, zero), values)
+    alive = (scale != 0).repeat_interleave(choice.block_size, 1)
+    assert torch.equal(again[alive], codes[alive])
 
 
 @QUANT
-@given(problem=_problems(), exponent=st.integers(-3, 3))
+@given(
+    problem=_problems(),
+    factor_dtype=st.sampled_from(FACTOR_DTYPES),
+    rank=st.integers(0, 3),
+    transposed=st.booleans(),
+    seed=SEEDS,
+)
+def test_what_is_stored_is_what_was_quantised_whole_and_sliced(problem, factor_dtype, rank, transposed, seed):
+    choice, weight = problem
+    choice = replace(choice, rank=rank, factor_dtype=factor_dtype)
+    rows, columns = weight.shape
+    generator = _generator(seed)
+    quantized = quantize(weight, choice)
+    left, right = torch.randn(rows, rank, generator=generator), torch.randn(rank, columns, generator=generator)
+    sides = (rows, columns) if transposed else (columns, rows)
+    shape = PackedShape(*sides, choice, transposed)
+    buffers = packed_buffers(quantized, store_factors(left, right, factor_dtype), shape)
+    spec = {name: (getattr(torch, dtype), size) for name, (dtype, size) in shape.buffers().items()}
+    assert {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in buffers.items()} == spec
+    assert torch.equal(unpack(buffers["codes"], choice.bits, columns), quantized.codes)
+    assert torch.equal(first_level_scales(buffers, shape), scales(quantized.scales, choice))
+    zero = zero_points(buffers, shape)
+    assert zero is quantized.zero or torch.equal(zero, quantized.zero)
+    module = PackedLinear(shape)
+    module.load_state_dict(buffers)
+    bare = module.dequantized(include_lowrank=False)
+    assert torch.equal(bare.T if transposed else bare, rebuild(quantized, choice))
+
+    kept = torch.randperm(rows, generator=generator)[: max(1, rows // 2)]
+    fewer = (len(kept), columns) if transposed else (columns, len(kept))
+    small = PackedLinear(PackedShape(*fewer, choice.sliced(), transposed))
+    small.load_state_dict(slice_rows(buffers, shape, kept))
+    whole = module.dequantized()
+    assert torch.equal(small.dequantized(), whole[:, kept] if transposed else whole[kept])
+
+
+@QUANT
+@given(problem=_problems(direct=False), exponent=st.integers(-3, 3))
 def test_powers_of_two_pass_through(problem, exponent):
-    fmt, weight = problem
-    fmt = BlockFormat(fmt.bits, fmt.block_size, fmt.scale_bits, torch.float32, fmt.superblock)
+    choice, weight = problem
+    choice = replace(choice, scale_dtype="float32")
     factor = 2.0**exponent
-    one, two = quantize(weight, fmt), quantize(factor * weight, fmt)
+    one, two = quantize(weight, choice), quantize(factor * weight, choice)
     # Only the absolute threshold under which a spread of scales counts as none can tell the two apart.
-    if bool(((one.scale_max == 0) | (one.scale_max > 1e-6)).all()):
+    if bool(((one.scales.maximum == 0) | (one.scales.maximum > 1e-6)).all()):
         assert torch.equal(one.codes, two.codes)
-        assert torch.equal(one.scale_codes, two.scale_codes)
-        assert torch.equal(factor * one.scale_max, two.scale_max)
+        assert torch.equal(one.scales.values, two.scales.values)
+        assert torch.equal(factor * one.scales.maximum, two.scales.maximum)
+
+
+@QUANT
+@given(seed=SEEDS, count=st.integers(2, 16), size=st.integers(1, 300), coarse=st.booleans())
+def test_fitted_levels_increase_and_never_cost_more(seed, count, size, coarse):
+    generator = _generator(seed)
+    values, weights = torch.randn(size, generator=generator), torch.rand(size, generator=generator)
+    if coarse:  # many equal values, and cells without any
+        values = (values * 2).round() / 2
+    init = torch.linspace(-1.5, 1.0, count)
+    found = lloyd_fit(values, weights, init)
+    assert bool((found.diff() > 0).all())
+
+    def cost(levels):
+        return (weights.double() * (values.double() - levels.double()[encode(values, levels).long()]).square()).sum()
+
+    assert cost(found) <= cost(init) * (1 + 1e-6) + 1e-12
 
 
 @settings(QUANT, max_examples=20)
-@given(seed=SEEDS, bits=BITS, rank=st.integers(0, 12), patience=st.integers(1, 3))
-def test_decomposition_keeps_its_best_iterate(seed, bits, rank, patience):
+@given(
+    seed=SEEDS,
+    bits=BITS,
+    rank=st.integers(0, 12),
+    patience=st.integers(1, 3),
+    grid=st.sampled_from(GRIDS),
+    factor_dtype=st.sampled_from(FACTOR_DTYPES),
+)
+def test_decomposition_keeps_its_best_iterate(seed, bits, rank, patience, grid, factor_dtype):
     weight = torch.randn(24, 32, generator=_generator(seed))
-    fmt = BlockFormat(bits, 16)
-    result = decompose(weight, fmt, rank, generator=_generator(seed), max_iterations=6, patience=patience)
-    quantized = result.quantized
-    scale = scales(quantized.scale_codes, quantized.scale_max, quantized.scale_offset, fmt)
-    rebuilt = dequantize(quantized.codes, scale, bits) + result.left.float() @ result.right.float()
+    choice = Choice(grid, bits, 16, rank, factor_dtype=factor_dtype)
+    result = decompose(weight, choice, generator=_generator(seed), max_iterations=6, patience=patience)
+    left, right = dequantize_factors(result.left, result.right, result.factor_scale)
+    rebuilt = rebuild(result.quantized, choice) + left @ right
     assert result.loss == min(result.losses)
     torch.testing.assert_close(torch.tensor(result.loss), (weight - rebuilt).square().sum(), rtol=1e-4, atol=1e-9)
 

@@ -1,8 +1,10 @@
 import pytest
 import torch
 
-from quant.codebook import encode, normal_float
-from quant.exceptions import QuantError
+from quant import reference
+from quant.codebook import encode, levels_of, lloyd, lloyd_fit, normal_float
+from quant.exceptions import NonFiniteError, QuantError, ShapeError
+from quant.storage import Choice
 
 
 def _midpoints(codebook):
@@ -99,3 +101,92 @@ def test_default_dtype_does_not_matter():
         assert encode(torch.tensor([0.08], dtype=torch.float32), normal_float(4)).tolist() == [8]
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+def test_levels_of_every_grid():
+    assert torch.equal(levels_of(Choice("nf", 3, 64, 0)), normal_float(3))
+    assert torch.equal(levels_of(Choice("lloyd", 3, 32, 0)), lloyd(3, 32))
+    assert levels_of(Choice("int", 2, 64, 0)).tolist() == [-2, -1, 0, 1]
+    assert levels_of(Choice("uint", 2, 64, 0)).tolist() == [0, 1, 2, 3]
+    assert {levels_of(Choice(grid, 8, 64, 0)).dtype for grid in ("nf", "lloyd", "int", "uint")} == {torch.float32}
+
+
+# Symmetrised levels published for absmax-normalised Gaussian data weighted by the squared scale.
+LLOYD = {
+    (2, 16): (0.2109, 0.7303),
+    (2, 32): (0.1901, 0.6520),
+    (2, 64): (0.1726, 0.5880),
+    (3, 16): (0.1047, 0.3255, 0.5824, 0.9284),
+    (3, 32): (0.0986, 0.3062, 0.5488, 0.8854),
+    (3, 64): (0.0918, 0.2850, 0.5116, 0.8317),
+}
+
+
+@pytest.mark.parametrize(("bits", "block_size"), LLOYD)
+def test_lloyd_levels_of_gaussian_weights(bits, block_size):
+    found = lloyd(bits, block_size)
+    torch.testing.assert_close(found[len(found) // 2 :], torch.tensor(LLOYD[bits, block_size]), atol=5e-3, rtol=0)
+    assert torch.equal(found, -found.flip(0))
+    assert torch.equal(found, lloyd(bits, block_size))
+
+
+@pytest.mark.parametrize(("bits", "block_size"), [(2, 1), (8, 1), (4, 3), (8, 64), (3, 5000)])
+def test_lloyd_levels_increase_inside_the_unit_range_at_any_size(bits, block_size):
+    found = lloyd(bits, block_size, samples=1 << 14)
+    assert found.shape == (2**bits,)
+    assert bool((found.diff() > 0).all())
+    assert found[-1] <= 1
+
+
+def test_lloyd_depends_on_its_seed_alone():
+    assert not torch.equal(lloyd(4, 32, samples=4096, seed=1), lloyd(4, 32, samples=4096))
+    torch.manual_seed(5)
+    first = lloyd(4, 32, samples=4097)
+    torch.manual_seed(6)
+    assert torch.equal(lloyd(4, 32, samples=4097), first)
+
+
+def test_lloyd_refuses_what_has_no_codebook():
+    with pytest.raises(QuantError, match="not 5"):
+        lloyd(5, 64)
+    with pytest.raises(QuantError, match="block_size"):
+        lloyd(4, 0)
+
+
+def test_lloyd_fit_equals_the_reference_once_settled():
+    generator = torch.Generator().manual_seed(0)
+    values, weights = torch.randn(20, 15, generator=generator), torch.rand(20, 15, generator=generator)
+    init = normal_float(3)
+    found = lloyd_fit(values, weights, init)
+    expected = reference.lloyd_fit(values.flatten(), weights.flatten(), init, 200)
+    torch.testing.assert_close(found.double(), expected, atol=1e-6, rtol=0)
+    assert not torch.equal(found, lloyd_fit(values, None, init))
+    alike = lloyd_fit(values, torch.full_like(values, 0.25), init)
+    torch.testing.assert_close(lloyd_fit(values, None, init), alike, atol=1e-6, rtol=0)
+
+
+def test_lloyd_fit_finds_the_values_there_are():
+    values = torch.tensor([-0.75, -0.75, 0.125, 0.5, 0.5])
+    assert lloyd_fit(values, None, torch.tensor([-1.0, 0.0, 0.9])).tolist() == [-0.75, 0.125, 0.5]
+    # Without a value of its own a level stays.
+    assert lloyd_fit(values, None, torch.tensor([-0.5, 0.4, 3.0])).tolist() == [-0.75, 0.375, 3.0]
+    assert lloyd_fit(values, torch.zeros(5), torch.tensor([-0.5, 0.4])).tolist() == pytest.approx([-0.5, 0.4])
+
+
+def test_lloyd_fit_keeps_levels_apart_that_fp32_would_join():
+    init = torch.tensor([0.0, 0.5, 1.0], dtype=torch.float64) * 1e-12 + 0.3
+    assert bool((lloyd_fit(torch.tensor([5.0]), None, init).diff() > 0).all())
+
+
+def test_lloyd_fit_refuses_bad_input():
+    values, init = torch.rand(8), torch.tensor([0.2, 0.8])
+    with pytest.raises(ShapeError, match="do not fit"):
+        lloyd_fit(values, torch.ones(7), init)
+    with pytest.raises(ShapeError, match="init"):
+        lloyd_fit(values, None, init[None])
+    with pytest.raises(QuantError, match="increase"):
+        lloyd_fit(values, None, init.flip(0))
+    with pytest.raises(QuantError, match="negative"):
+        lloyd_fit(values, -torch.ones(8), init)
+    with pytest.raises(NonFiniteError, match="values"):
+        lloyd_fit(values / 0, None, init)

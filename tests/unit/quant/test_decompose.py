@@ -2,12 +2,13 @@ import pytest
 import torch
 
 from quant import reference
-from quant.blockwise import BlockFormat, dequantize, quantize, scales
+from quant.blockwise import quantize, rebuild
 from quant.decompose import decompose, weighted_loss
 from quant.exceptions import NonFiniteError, QuantError, ShapeError
 from quant.lowrank import svd_lowrank
+from quant.storage import Choice
 
-FORMAT = BlockFormat(3, 32)
+FORMAT = Choice("nf", 3, 32, 8)
 
 
 def _generator(seed=0):
@@ -22,41 +23,40 @@ def _weights(rows=64, columns=96):
     return torch.rand(rows, generator=_generator(8)) + 0.05, torch.rand(columns, generator=_generator(9)) + 0.05
 
 
-def _dense(quantized, fmt=FORMAT):
-    scale = scales(quantized.scale_codes, quantized.scale_max, quantized.scale_offset, fmt)
-    return dequantize(quantized.codes, scale, fmt.bits)
+def _dense(quantized, choice=FORMAT):
+    return rebuild(quantized, choice)
 
 
-@pytest.mark.parametrize("factor_dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("factor_dtype", ["float32", "bfloat16", "float16", "int8"])
 @pytest.mark.parametrize("weighted", [False, True])
 def test_loss_is_that_of_what_is_returned(factor_dtype, weighted):
-    weight = _weight()
+    weight, choice = _weight(), Choice("nf", 3, 32, 8, factor_dtype=factor_dtype)
     rows, columns = _weights() if weighted else (None, None)
     result = decompose(
         weight,
-        FORMAT,
-        8,
+        choice,
         generator=_generator(),
         row_weight=rows,
         column_weight=columns,
-        factor_dtype=factor_dtype,
     )
-    assert result.left.dtype == result.right.dtype == factor_dtype
-    error = weight - result.left.float() @ result.right.float() - _dense(result.quantized)
+    assert result.left.dtype == result.right.dtype == getattr(torch, factor_dtype)
+    assert (result.factor_scale is None) == (factor_dtype != "int8")
+    left = result.left.float() * (1 if result.factor_scale is None else result.factor_scale)
+    error = weight - left @ result.right.float() - _dense(result.quantized)
     ones = torch.ones(64), torch.ones(96)
     expected = reference.weighted_loss(error, *((rows, columns) if weighted else ones))
     assert result.loss == pytest.approx(expected, rel=1e-5)
 
 
 def test_returns_the_best_iterate():
-    result = decompose(_weight(), FORMAT, 8, generator=_generator(), max_iterations=40)
+    result = decompose(_weight(), FORMAT, generator=_generator(), max_iterations=40)
     assert len(result.losses) > 1
     assert result.loss == min(result.losses) == result.losses[result.best]
 
 
 @pytest.mark.parametrize("patience", [1, 2, 3])
 def test_stops_after_patience_iterations_without_improvement(patience):
-    result = decompose(_weight(), BlockFormat(2, 32), 4, generator=_generator(), max_iterations=200, patience=patience)
+    result = decompose(_weight(), Choice("nf", 2, 32, 4), generator=_generator(), max_iterations=200, patience=patience)
     assert len(result.losses) < 200
     assert len(result.losses) == result.best + 1 + patience
     # No earlier run of `patience` iterations failed to improve on the best so far.
@@ -67,12 +67,12 @@ def test_stops_after_patience_iterations_without_improvement(patience):
 
 
 def test_iterations_are_capped():
-    assert len(decompose(_weight(), FORMAT, 8, generator=_generator(), max_iterations=3, patience=9).losses) == 3
+    assert len(decompose(_weight(), FORMAT, generator=_generator(), max_iterations=3, patience=9).losses) == 3
 
 
 def test_rank_zero_is_plain_quantisation():
     weight = _weight()
-    result = decompose(weight, FORMAT, 0, generator=_generator())
+    result = decompose(weight, Choice("nf", 3, 32, 0), generator=_generator())
     assert torch.equal(result.quantized.codes, quantize(weight, FORMAT).codes)
     assert len(result.losses) == 1
     assert (result.left.shape, result.right.shape) == ((64, 0), (0, 96))
@@ -80,7 +80,7 @@ def test_rank_zero_is_plain_quantisation():
 
 def test_factors_are_rounded_before_quantising():
     weight = _weight()
-    result = decompose(weight, FORMAT, 8, generator=_generator(), max_iterations=1)
+    result = decompose(weight, FORMAT, generator=_generator(), max_iterations=1)
     residual = weight - result.left.float() @ result.right.float()
     assert torch.equal(result.quantized.codes, quantize(residual, FORMAT).codes)
 
@@ -88,17 +88,17 @@ def test_factors_are_rounded_before_quantising():
 def test_first_factors_replace_the_first_fit():
     weight = _weight()
     first = svd_lowrank(weight, 8, generator=_generator(5), exact=True)
-    result = decompose(weight, FORMAT, 8, generator=_generator(), first=first, max_iterations=1)
+    result = decompose(weight, FORMAT, generator=_generator(), first=first, max_iterations=1)
     assert torch.equal(result.left, first[0].bfloat16())
     # The second fit is then the first draw of the generator.
-    two = decompose(weight, FORMAT, 8, generator=_generator(), first=first, max_iterations=2)
+    two = decompose(weight, FORMAT, generator=_generator(), first=first, max_iterations=2)
     left, _ = svd_lowrank(weight - _dense(result.quantized), 8, generator=_generator())
     assert two.best == 1
     assert torch.equal(two.left, left.bfloat16())
 
 
 def test_same_seed_same_bits():
-    one, two = (decompose(_weight(), FORMAT, 8, generator=_generator(4)) for _ in range(2))
+    one, two = (decompose(_weight(), FORMAT, generator=_generator(4)) for _ in range(2))
     assert one.losses == two.losses
     assert torch.equal(one.left, two.left)
     assert torch.equal(one.right, two.right)
@@ -107,8 +107,8 @@ def test_same_seed_same_bits():
 
 def test_weighting_pays_in_its_own_metric():
     weight, (rows, columns) = _weight(), _weights()
-    weighted = decompose(weight, FORMAT, 8, generator=_generator(), row_weight=rows, column_weight=columns)
-    plain = decompose(weight, FORMAT, 8, generator=_generator())
+    weighted = decompose(weight, FORMAT, generator=_generator(), row_weight=rows, column_weight=columns)
+    plain = decompose(weight, FORMAT, generator=_generator())
     error = weight - plain.left.float() @ plain.right.float() - _dense(plain.quantized)
     assert weighted.loss < weighted_loss(error, rows, columns)
 
@@ -116,7 +116,7 @@ def test_weighting_pays_in_its_own_metric():
 def test_input_is_left_alone():
     weight = _weight()
     kept = weight.clone()
-    decompose(weight, FORMAT, 8, generator=_generator(), max_iterations=2)
+    decompose(weight, FORMAT, generator=_generator(), max_iterations=2)
     assert torch.equal(weight, kept)
 
 
@@ -134,17 +134,17 @@ def test_weighted_loss_equals_the_reference(shape):
 def test_bad_requests_are_refused():
     weight, generator = _weight(), _generator()
     with pytest.raises(QuantError, match="max_iterations"):
-        decompose(weight, FORMAT, 8, generator=generator, max_iterations=0)
+        decompose(weight, FORMAT, generator=generator, max_iterations=0)
     with pytest.raises(QuantError, match="patience"):
-        decompose(weight, FORMAT, 8, generator=generator, patience=0)
+        decompose(weight, FORMAT, generator=generator, patience=0)
     with pytest.raises(ShapeError, match="rank 65"):
-        decompose(weight, FORMAT, 65, generator=generator)
+        decompose(weight, Choice("nf", 3, 32, 65), generator=generator)
     with pytest.raises(ShapeError, match="first factors"):
-        decompose(weight, FORMAT, 8, generator=generator, first=(weight[:, :8], weight[:7]))
+        decompose(weight, FORMAT, generator=generator, first=(weight[:, :8], weight[:7]))
     with pytest.raises(ShapeError, match="blocks of 64"):
-        decompose(weight, BlockFormat(3, 64), 8, generator=generator)
+        decompose(weight, Choice("nf", 3, 64, 8), generator=generator)
     with pytest.raises(ShapeError, match="do not fit"):
         weighted_loss(weight, torch.ones(1), torch.ones(96))
     weight[0, 0] = float("nan")
     with pytest.raises(NonFiniteError, match="NaN"):
-        decompose(weight, FORMAT, 8, generator=generator)
+        decompose(weight, FORMAT, generator=generator)

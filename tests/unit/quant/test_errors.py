@@ -1,13 +1,15 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
-from quant.blockwise import BlockFormat
 from quant.decompose import decompose
 from quant.errors import error_table
 from quant.exceptions import QuantError, ShapeError
 from quant.lowrank import svd_lowrank
+from quant.storage import Choice
 
-CHOICES = [(BlockFormat(bits, 32), rank) for bits in (2, 3, 4) for rank in (0, 4, 12)]
+CHOICES = [Choice("nf", bits, 32, rank) for bits in (2, 3, 4) for rank in (0, 4, 12)]
 
 
 def _weight():
@@ -27,15 +29,14 @@ def test_entries_are_those_of_decompose_with_the_shared_first_fit(iterations, we
         }
     table = error_table(weight, CHOICES, generator_seed=7, iterations=iterations, **weights)
     left, right = svd_lowrank(weight, 12, generator=torch.Generator().manual_seed(7), **weights)
-    for (fmt, rank), loss in zip(CHOICES, table, strict=True):
+    for choice, loss in zip(CHOICES, table, strict=True):
         expected = decompose(
             weight,
-            fmt,
-            rank,
+            choice,
             generator=torch.Generator().manual_seed(7),
             max_iterations=iterations,
             patience=iterations,
-            first=(left[:, :rank], right[:rank]),
+            first=(left[:, : choice.rank], right[: choice.rank]),
             **weights,
         )
         assert loss == expected.loss
@@ -57,7 +58,7 @@ def test_the_first_fit_is_computed_once(monkeypatch):
 def test_more_bits_and_more_rank_cost_less_error():
     table = dict(
         zip(
-            ((fmt.bits, rank) for fmt, rank in CHOICES),
+            ((choice.bits, choice.rank) for choice in CHOICES),
             error_table(_weight(), CHOICES, generator_seed=0),
             strict=True,
         )
@@ -79,9 +80,10 @@ def test_more_iterations_never_cost_more():
     assert five != one
 
 
-def test_factor_dtype_is_passed_on():
-    exact = error_table(_weight(), CHOICES, generator_seed=0, factor_dtype=torch.float32)
-    assert exact != error_table(_weight(), CHOICES, generator_seed=0)
+@pytest.mark.parametrize(("field", "value"), [("factor_dtype", "int8"), ("grid", "lloyd"), ("scale_bits", 4)])
+def test_every_field_of_a_choice_counts(field, value):
+    others = [replace(choice, **{field: value}) for choice in CHOICES]
+    assert error_table(_weight(), others, generator_seed=0) != error_table(_weight(), CHOICES, generator_seed=0)
 
 
 def test_edges():
@@ -89,4 +91,4 @@ def test_edges():
     with pytest.raises(QuantError, match="iterations"):
         error_table(_weight(), CHOICES, generator_seed=0, iterations=0)
     with pytest.raises(ShapeError, match="rank 65"):
-        error_table(_weight(), [(BlockFormat(4, 32), 65)], generator_seed=0)
+        error_table(_weight(), [Choice("nf", 4, 32, 65)], generator_seed=0)

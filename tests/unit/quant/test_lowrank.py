@@ -3,7 +3,7 @@ import torch
 
 from quant import reference
 from quant.exceptions import NonFiniteError, QuantError, ShapeError
-from quant.lowrank import svd_lowrank
+from quant.lowrank import dequantize_factors, quantize_factors, store_factors, svd_lowrank
 
 
 def _generator(seed=0):
@@ -149,3 +149,53 @@ def test_bad_requests_are_refused():
         broken[2, 2] = bad
         with pytest.raises(NonFiniteError, match="matrix"):
             svd_lowrank(broken, 2, generator=generator)
+
+
+def test_int8_factors_are_the_nearest_on_their_components_own_grid():
+    left, right = _matrix(40, 5) * torch.tensor([1e-3, 1.0, 50.0, 1.0, 1e4]), _matrix(5, 24, seed=1)
+    found = quantize_factors(left, right)
+    assert [tensor.dtype for tensor in found] == [torch.int8, torch.int8, torch.float32]
+    codes_left, codes_right, scale = found
+    assert codes_left.abs().amax(dim=0).tolist() == codes_right.abs().amax(dim=1).tolist() == [127] * 5
+    steps = left.abs().amax(dim=0).double() / 127, right.abs().amax(dim=1).double() / 127
+    torch.testing.assert_close(scale.double(), steps[0] * steps[1], rtol=1e-7, atol=0)
+    assert bool(((codes_left * steps[0] - left).abs() <= 0.5000001 * steps[0]).all())
+    assert bool(((codes_right * steps[1][:, None] - right).abs() <= 0.5000001 * steps[1][:, None]).all())
+    one, two = dequantize_factors(*found)
+    product = sum(scale[k] * torch.outer(codes_left[:, k].float(), codes_right[k].float()) for k in range(5))
+    torch.testing.assert_close(one @ two, product, rtol=1e-5, atol=1e-5 * float(product.abs().max()))
+
+
+def test_int8_factors_of_representable_components_lose_nothing():
+    generator = _generator(3)
+    left = torch.randint(-127, 128, (30, 4), generator=generator).float()
+    right = torch.randint(-127, 128, (4, 20), generator=generator).float()
+    left[0], right[:, 0] = 127, -127
+    one, two = dequantize_factors(*quantize_factors(left * 0.25, right * 8))
+    torch.testing.assert_close(one @ two, 2 * left @ right, rtol=1e-6, atol=0.1)
+    assert torch.equal(quantize_factors(left * 0.25, right * 8)[0].float(), left)
+
+
+@pytest.mark.parametrize("tiny", [0.0, 1e-40])
+def test_int8_components_too_small_for_their_scale_are_zero(tiny):
+    left, right = _matrix(6, 2), _matrix(2, 6, seed=1)
+    left[:, 1] *= tiny
+    right[1] *= tiny
+    codes_left, codes_right, scale = quantize_factors(left, right)
+    assert scale[1] == 0
+    assert not codes_left[:, 1].any()
+    assert not codes_right[1].any()
+    assert bool(torch.isfinite(torch.matmul(*dequantize_factors(codes_left, codes_right, scale))).all())
+
+
+def test_factors_as_stored():
+    left, right = _matrix(6, 2), _matrix(2, 6, seed=1)
+    one, two, scale = store_factors(left, right, "bfloat16")
+    assert (one.dtype, two.dtype, scale) == (torch.bfloat16, torch.bfloat16, None)
+    assert torch.equal(dequantize_factors(one, two, None)[0], left.bfloat16().float())
+    assert store_factors(left, right, "int8")[2].shape == (2,)
+    assert [tuple(part.shape) for part in store_factors(left[:, :0], right[:0], "int8")] == [(6, 0), (0, 6), (0,)]
+    with pytest.raises(NonFiniteError, match="NaN"):
+        quantize_factors(left / 0, right)
+    with pytest.raises(NonFiniteError, match="float32 scale"):
+        quantize_factors(left * 1e25, right * 1e25)

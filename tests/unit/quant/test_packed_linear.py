@@ -1,17 +1,32 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from torch.nn import functional as F
 
-from quant import blockwise, pack, storage
-from quant.blockwise import BlockFormat
+from quant import blockwise
+from quant.buffers import packed_buffers, slice_rows
 from quant.exceptions import QuantError, ShapeError
-from quant.linear import PackedLinear, buffer_spec
+from quant.linear import PackedLinear
+from quant.lowrank import store_factors
+from quant.storage import Choice, PackedShape
 
 IN, OUT, RANK = 64, 96, 5
-FORMATS = [BlockFormat(2, 16), BlockFormat(3, 32), BlockFormat(4, 16, scale_bits=4), BlockFormat(8, 32)]
-SHAPES = [(fmt, transposed) for fmt in FORMATS for transposed in (False, True)]
+CHOICES = [
+    Choice("nf", 2, 16, RANK),
+    Choice("nf", 3, 32, RANK),
+    Choice("nf", 4, 16, RANK, scale_bits=4),
+    Choice("nf", 8, 32, RANK),
+    Choice("nf", 3, 16, RANK, scale_bits=3, superblock=8),
+    Choice("lloyd", 3, 32, RANK, factor_dtype="int8"),
+    Choice("int", 4, 32, RANK, 16, "float16"),
+    Choice("int", 2, 16, RANK, 8, factor_dtype="float32"),
+    Choice("uint", 4, 32, RANK, 16, "float16"),
+    Choice("uint", 3, 16, RANK, 4, factor_dtype="int8"),
+    Choice("lloyd", 2, 16, RANK, 32, "float32", factor_dtype="float16"),
+]
+SHAPES = [(choice, transposed) for choice in CHOICES for transposed in (False, True)]
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -22,86 +37,79 @@ def draw(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=generator(seed))
 
 
-def filled(fmt: BlockFormat, transposed: bool, *, bias: bool = False, rank: int = RANK) -> PackedLinear:
+def filled(choice: Choice, transposed: bool, *, bias: bool = False) -> PackedLinear:
     """A packed map of a random weight, written the way a loader writes it: by state dict."""
-    module = PackedLinear(in_features=IN, out_features=OUT, fmt=fmt, rank=rank, transposed=transposed, bias=bias)
-    weight = draw(OUT, IN, seed=1)
-    found = blockwise.quantize(weight.t().contiguous() if transposed else weight, fmt)
-    scale_codes = found.scale_codes if fmt.scale_bits == 8 else pack.pack(found.scale_codes, fmt.scale_bits)
-    state = {
-        "codes": pack.pack(found.codes, fmt.bits),
-        "scale_codes": scale_codes,
-        "scale_max": found.scale_max,
-        "scale_offset": found.scale_offset,
-        "lowrank_left": (0.1 * draw(OUT, rank, seed=2)).bfloat16(),
-        "lowrank_right": draw(rank, IN, seed=3).bfloat16(),
-    }
-    if bias:
-        state["bias"] = draw(OUT, seed=4)
-    module.load_state_dict(state)
+    shape = PackedShape(IN, OUT, choice, transposed, bias)
+    module = PackedLinear(shape)
+    left, right = 0.1 * draw(OUT, choice.rank, seed=2), draw(choice.rank, IN, seed=3)
+    first, second = (right.t(), left.t()) if transposed else (left, right)
+    factors = store_factors(first, second, choice.factor_dtype)
+    module.load_state_dict(
+        packed_buffers(stored_weight(choice, transposed), factors, shape, draw(OUT, seed=4) if bias else None)
+    )
     return module
 
 
-def dense_weight(fmt: BlockFormat, transposed: bool) -> torch.Tensor:
+def stored_weight(choice: Choice, transposed: bool) -> blockwise.BlockQuantized:
     weight = draw(OUT, IN, seed=1)
-    found = blockwise.quantize(weight.t().contiguous() if transposed else weight, fmt)
-    scale = blockwise.scales(found.scale_codes, found.scale_max, found.scale_offset, fmt)
-    stored = blockwise.dequantize(found.codes, scale, fmt.bits)
+    return blockwise.quantize(weight.t().contiguous() if transposed else weight, choice)
+
+
+def dense_weight(choice: Choice, transposed: bool) -> torch.Tensor:
+    stored = blockwise.rebuild(stored_weight(choice, transposed), choice)
     return stored.t() if transposed else stored
 
 
-@pytest.mark.parametrize(("fmt", "transposed"), SHAPES)
+def lowrank(module: PackedLinear) -> torch.Tensor:
+    """fp64 L1 L2 of the stored factors."""
+    left = module.lowrank_left.double()
+    if module.shape.choice.factor_dtype == "int8":
+        left = left * module.lowrank_scale.double()
+    return left @ module.lowrank_right.double()
+
+
+@pytest.mark.parametrize(("choice", "transposed"), SHAPES)
 @pytest.mark.parametrize("bias", [False, True])
-def test_buffers_are_exactly_the_spec(fmt, transposed, bias):
-    module = filled(fmt, transposed, bias=bias)
-    found = {name: (b.dtype, tuple(b.shape)) for name, b in module.named_buffers()}
-    assert found == buffer_spec(IN, OUT, fmt, RANK, transposed, torch.bfloat16, bias)
-    rows, columns = (IN, OUT) if transposed else (OUT, IN)
-    assert found["codes"] == (torch.int32, (rows, storage.packed_columns(columns, fmt.bits)))
-    assert found["scale_max"] == (torch.bfloat16, (rows,))
-    assert found["lowrank_left"] == (torch.bfloat16, (OUT, RANK))
-    assert found["lowrank_right"] == (torch.bfloat16, (RANK, IN))
+def test_buffers_are_exactly_the_spec(choice, transposed, bias):
+    module = filled(choice, transposed, bias=bias)
+    found = {name: (str(b.dtype).removeprefix("torch."), tuple(b.shape)) for name, b in module.named_buffers()}
+    assert found == module.shape.buffers()
     assert ("bias" in found) == bias
     assert set(module.state_dict()) == set(found)
     assert not list(module.parameters())
 
 
-@pytest.mark.parametrize(("fmt", "transposed"), SHAPES)
-def test_dequantized_is_the_stored_matrix_plus_the_factors(fmt, transposed):
-    module = filled(fmt, transposed)
-    expected = dense_weight(fmt, transposed)
+@pytest.mark.parametrize(("choice", "transposed"), SHAPES)
+def test_dequantized_is_the_stored_matrix_plus_the_factors(choice, transposed):
+    module = filled(choice, transposed)
+    expected = dense_weight(choice, transposed)
     assert torch.equal(module.dequantized(include_lowrank=False), expected)
-    whole = expected.double() + module.lowrank_left.double() @ module.lowrank_right.double()
+    whole = expected.double() + lowrank(module)
     found = module.dequantized()
     assert found.dtype == torch.float32
     assert found.is_contiguous()
     assert torch.equal(found, whole.float())
 
 
-@pytest.mark.parametrize(("fmt", "transposed"), SHAPES)
+@pytest.mark.parametrize(("choice", "transposed"), SHAPES)
 @pytest.mark.parametrize("include_lowrank", [False, True])
-def test_slicing_stored_rows_slices_the_weight_bit_for_bit(fmt, transposed, include_lowrank):
-    full = filled(fmt, transposed)
+def test_slicing_stored_rows_slices_the_weight_bit_for_bit(choice, transposed, include_lowrank):
+    full = filled(choice, transposed)
     axis_size = IN if transposed else OUT
     keep = torch.randperm(axis_size, generator=generator(5))[: axis_size // 2 - 3].sort().values
-    sizes = {"in_features": IN, "out_features": OUT} | {"in_features" if transposed else "out_features": len(keep)}
-    small = PackedLinear(**sizes, fmt=fmt, rank=RANK, transposed=transposed, bias=False)
-    state = {k: v[keep] if k in ("codes", "scale_codes", "scale_max") else v for k, v in full.state_dict().items()}
-    if transposed:
-        state["lowrank_right"] = state["lowrank_right"][:, keep]
-    else:
-        state["lowrank_left"] = state["lowrank_left"][keep]
-    small.load_state_dict(state)
+    sizes = (len(keep), OUT) if transposed else (IN, len(keep))
+    small = PackedLinear(PackedShape(*sizes, choice.sliced(), transposed))
+    small.load_state_dict(slice_rows(full.state_dict(), full.shape, keep))
     whole = full.dequantized(include_lowrank)
     expected = whole[:, keep] if transposed else whole[keep]
     assert torch.equal(small.dequantized(include_lowrank), expected)
 
 
-@pytest.mark.parametrize(("fmt", "transposed"), SHAPES)
+@pytest.mark.parametrize(("choice", "transposed"), SHAPES)
 @pytest.mark.parametrize("chunk_elements", [1 << 20, 7 * OUT])
-def test_forward_and_gradients_match_a_dense_float64_twin(fmt, transposed, chunk_elements, monkeypatch):
+def test_forward_and_gradients_match_a_dense_float64_twin(choice, transposed, chunk_elements, monkeypatch):
     monkeypatch.setattr("quant.rebuild.CHUNK_ELEMENTS", chunk_elements)
-    module = filled(fmt, transposed, bias=True)
+    module = filled(choice, transposed, bias=True)
     module.attach_adapter(3, 6.0, generator(6))
     with torch.no_grad():
         module.task_b.copy_(draw(OUT, 3, seed=7))
@@ -113,8 +121,8 @@ def test_forward_and_gradients_match_a_dense_float64_twin(fmt, transposed, chunk
         twin_a.grad = twin_b.grad = None
         ours = x.to(dtype, copy=True).requires_grad_()
         twin = x.double().requires_grad_()
-        weight = dense_weight(fmt, transposed).double()
-        weight = weight + module.lowrank_left.double() @ module.lowrank_right.double() + 2.0 * twin_b @ twin_a
+        weight = dense_weight(choice, transposed).double()
+        weight = weight + lowrank(module) + 2.0 * twin_b @ twin_a
         y, expected = module(ours), F.linear(twin, weight, module.bias.double())
         assert y.dtype == dtype
         y.backward(grad_y.to(dtype))
@@ -129,7 +137,7 @@ def test_forward_and_gradients_match_a_dense_float64_twin(fmt, transposed, chunk
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_backward_keeps_references_to_buffers_and_no_weight(transposed, dtype):
-    module = filled(FORMATS[1], transposed)
+    module = filled(CHOICES[1], transposed)
     module.attach_adapter(3, 6.0, generator(6))
     x = draw(4, IN).to(dtype).requires_grad_()
     saved = []
@@ -145,7 +153,7 @@ def test_backward_keeps_references_to_buffers_and_no_weight(transposed, dtype):
 
 
 def test_a_frozen_map_does_not_keep_its_input():
-    module = filled(FORMATS[1], False)
+    module = filled(CHOICES[1], False)
     x = draw(4, IN).requires_grad_()
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.data_ptr()) or t, lambda t: t):
@@ -155,7 +163,7 @@ def test_a_frozen_map_does_not_keep_its_input():
 
 
 def test_a_new_adapter_adds_nothing_and_is_reproducible():
-    module, again = filled(FORMATS[2], False), filled(FORMATS[2], False)
+    module, again = filled(CHOICES[2], False), filled(CHOICES[2], False)
     x = draw(3, IN)
     before = module(x)
     for each in (module, again):
@@ -174,7 +182,7 @@ def test_a_new_adapter_adds_nothing_and_is_reproducible():
 
 
 def test_the_adapter_stays_fp32_under_another_default_dtype():
-    module = filled(FORMATS[2], False)
+    module = filled(CHOICES[2], False)
     torch.set_default_dtype(torch.bfloat16)
     try:
         module.attach_adapter(4, 8.0, generator())
@@ -185,7 +193,7 @@ def test_the_adapter_stays_fp32_under_another_default_dtype():
 
 
 def test_autocast_computes_in_its_dtype_with_exact_levels():
-    module = filled(FORMATS[2], False, rank=0)
+    module = filled(replace(CHOICES[2], rank=0), False)
     with torch.autocast("cpu", torch.bfloat16):
         y = module(torch.eye(IN))
     assert y.dtype == torch.bfloat16
@@ -193,33 +201,35 @@ def test_autocast_computes_in_its_dtype_with_exact_levels():
 
 
 def test_rank_zero_leaves_the_quantised_part():
-    module = filled(FORMATS[1], True, rank=0)
+    module = filled(replace(CHOICES[1], rank=0), True)
     assert torch.equal(module.dequantized(), module.dequantized(include_lowrank=False))
     assert torch.equal(module(torch.eye(IN)).t(), module.dequantized())
 
 
 def test_maps_can_be_planned_on_the_meta_device():
-    module = PackedLinear(
-        in_features=IN, out_features=OUT, fmt=FORMATS[0], rank=2, transposed=True, bias=True, device="meta"
-    )
+    module = PackedLinear(PackedShape(IN, OUT, CHOICES[0], transposed=True, bias=True), device="meta")
     assert all(b.is_meta for b in module.buffers())
 
 
-def test_casting_the_scales_is_refused_before_it_changes_the_weights():
-    module = filled(FORMATS[0], False)
+@pytest.mark.parametrize("choice", CHOICES)
+def test_casting_what_defines_the_weights_is_refused(choice):
+    module = filled(choice, False)
     x = draw(2, IN)
     assert torch.equal(module.to("cpu")(x), module(x))
-    with pytest.raises(QuantError, match=r"cast to torch\.bfloat16"):
+    with pytest.raises(QuantError, match=r"cast to torch\.bfloat16, but a packed map keeps torch\.float32"):
         module.bfloat16()(x)
 
 
+@pytest.mark.parametrize("name", ["scale", "levels", "lowrank_scale"])
+def test_each_of_them_is_named(name):
+    module = filled(Choice("lloyd", 3, 32, RANK, 16, "float16", factor_dtype="int8"), False)
+    setattr(module, name, module.get_buffer(name).double())
+    with pytest.raises(QuantError, match=f"^{name} was cast to torch.float64"):
+        module(draw(2, IN))
+
+
 def test_bad_requests_are_named():
-    good = {"in_features": IN, "out_features": OUT, "rank": 2, "transposed": False}
     with pytest.raises(ShapeError, match="blocks of 48"):
-        buffer_spec(**good, fmt=BlockFormat(4, 48))
-    with pytest.raises(QuantError, match="superblock"):
-        buffer_spec(**good, fmt=BlockFormat(4, 16, superblock=8))
-    with pytest.raises(QuantError, match="rank"):
-        buffer_spec(**good | {"rank": -1}, fmt=BlockFormat(4, 16))
+        PackedLinear(PackedShape(IN, OUT, Choice("nf", 4, 48, 2), transposed=False))
     with pytest.raises(ShapeError, match=r"input must be \[..., 64\]"):
-        filled(FORMATS[0], False)(torch.ones(2, OUT))
+        filled(CHOICES[0], False)(torch.ones(2, OUT))
