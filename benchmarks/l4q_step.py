@@ -20,10 +20,11 @@ from rows import Row
 from torch import Tensor, nn
 
 from quant import grid
-from quant.blockwise import BlockFormat, quantize
+from quant.blockwise import quantize
+from quant.buffers import packed_buffers
 from quant.fakequant import L4QLinear
 from quant.linear import PackedLinear
-from quant.pack import pack
+from quant.storage import Choice, PackedShape
 
 OUT, IN, TOKENS, RANK, BITS, GROUP = 1536, 576, 512, 16, 4, 64
 
@@ -47,12 +48,10 @@ class PlainL4Q(nn.Module):
 
 
 def packed(weight: Tensor, bits: int) -> PackedLinear:
-    fmt = BlockFormat(bits, 64)
-    layer = PackedLinear(in_features=IN, out_features=OUT, fmt=fmt, rank=32, transposed=False, bias=False)
-    found = quantize(weight, fmt)
-    layer.codes.copy_(pack(found.codes, bits))
-    for name in ("scale_codes", "scale_max", "scale_offset"):
-        getattr(layer, name).copy_(getattr(found, name))
+    shape = PackedShape(IN, OUT, Choice("nf", bits, 64, 32), transposed=False)
+    layer = PackedLinear(shape)
+    factors = (torch.zeros(OUT, 32, dtype=torch.bfloat16), torch.zeros(32, IN, dtype=torch.bfloat16), None)
+    layer.load_state_dict(packed_buffers(quantize(weight, shape.choice), factors, shape))
     return layer
 
 

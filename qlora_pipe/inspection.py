@@ -14,9 +14,10 @@ from qlora_pipe.artifacts.layout import TensorSpec
 from qlora_pipe.artifacts.manifest import MANIFEST, Manifest, read_manifest
 from qlora_pipe.errors import ArtifactError, ConfigError
 from qlora_pipe.known import CHAIN
-from qlora_pipe.report.facts import Kept, configuration, configuration_name, kept_counts
+from qlora_pipe.report.facts import Kept, configuration_name, kept_counts
 from qlora_pipe.report.table import render
 from qlora_pipe.units import format_bytes
+from quant.storage import Choice
 
 _SHORT = 12
 _BAR = 40
@@ -154,8 +155,9 @@ def _describe_choices(choices: Iterable[dict[str, Any]]) -> str:
         (f"{width} bits", "#" * max(1, round(_BAR * count / len(rows))), str(count))
         for width, count in sorted(bits.items())
     ]
-    finer = Counter(configuration(row) for row in rows)
-    named = [(configuration_name(key), str(count)) for key, count in sorted(finer.items())]
+    finer = Counter(map(Choice.from_json, rows))
+    ordered = sorted(finer, key=lambda choice: (choice.bits, choice.block_size, choice.rank, choice.name))
+    named = [(configuration_name(choice), str(finer[choice])) for choice in ordered]
     shares = render(("code width", "", "matrices"), lines, text_columns=2)
     return f"{shares}\n\n{render(('configuration', 'matrices'), named)}"
 

@@ -8,12 +8,13 @@ from functools import cached_property
 
 from prune.groups import PRUNED_AXIS, shape_of
 from qlora_pipe import layouts
-from qlora_pipe.architectures import Architecture
-from qlora_pipe.artifacts.layout import DTYPE_BYTES, SHARD_BYTES, folder_files
+from qlora_pipe.architectures import Architecture, linear_name
+from qlora_pipe.artifacts.layout import DTYPE_BYTES, SHARD_BYTES, entry_bytes, folder_files
 from qlora_pipe.config import Config
 from qlora_pipe.errors import BudgetError, ConfigError
 from qlora_pipe.units import parse_budget
-from quant.storage import Choice
+from quant.exceptions import ShapeError
+from quant.storage import Choice, PackedShape
 
 CHAIN = (
     "source",
@@ -56,14 +57,27 @@ class Known:
         """The architecture after pruning."""
         return layouts.small_architecture(self.architecture, self.config.prune)
 
+    @property
+    def small_allocation(self) -> Allocation:
+        """What pruning makes of the allocation: rows are gone, so superblocks across rows are."""
+        return {name: choice.sliced() for name, choice in self.allocation.items()}
+
     def with_allocation(self, allocation: Allocation) -> "Known":
         return replace(self, allocation=allocation, allocation_is_final=True)
 
     def decomposed(self) -> layouts.Tensors:
-        return layouts.decomposed(self.architecture, self.dtypes, self.allocation, self.config.decompose)
+        return layouts.decomposed(self.architecture, self.dtypes, self.allocation)
 
     def pruned(self) -> layouts.Tensors:
-        return layouts.decomposed(self.small, self.dtypes, self.allocation, self.config.decompose)
+        return layouts.decomposed(self.small, self.dtypes, self.small_allocation)
+
+    def packed_shape(self, stage: str, layer: int, role: str) -> PackedShape:
+        """How decompose or prune stores one linear map."""
+        architecture, allocation = {
+            "decompose": (self.architecture, self.allocation),
+            "prune": (self.small, self.small_allocation),
+        }[stage]
+        return layouts.packed_shape(architecture, layer, role, allocation[linear_name(layer, role)])
 
     def integers(self) -> layouts.Tensors:
         return layouts.integers(self.small, self.dtypes, self.config.compact)
@@ -155,27 +169,39 @@ class Known:
 
 
 def choices_for(architecture: Architecture, role: str, layer: int, config: Config) -> list[Choice]:
-    """The configurations one matrix may take: block sizes that divide its blocked axis, ranks below its sides.
+    """The configurations one matrix may take: block sizes that divide its blocked axis, superblocks that divide its
+    blocks, ranks below its sides.
 
     Raises ConfigError if none is left.
     """
     settings = config.decompose
     rows, columns = shape_of(role, architecture.layers[layer])
     along = rows if PRUNED_AXIS[role] == "columns" else columns
+    kept = columns if along == rows else rows
     found = [
-        Choice(bits, block, rank)
+        choice
+        for grid in settings.grids
         for bits in settings.bits
         for block in settings.block_sizes
         for rank in settings.ranks
-        if along % block == 0 and rank < min(rows, columns)
+        if rank < min(rows, columns) and _splits(choice := settings.choice(grid, bits, block, rank), kept, along)
     ]
     if not found:
         raise ConfigError(
             f"decompose: no configuration fits the {role} projection [{rows}, {columns}]: expected a block size that "
-            f"divides {along} (have {list(settings.block_sizes)}) and a rank below {min(rows, columns)} "
-            f"(have {list(settings.ranks)})"
+            f"divides {along} (have {list(settings.block_sizes)}), a superblock that divides the matrix's blocks (have "
+            f"{settings.superblock}) and a rank below {min(rows, columns)} (have {list(settings.ranks)})"
         )
     return found
+
+
+def _splits(choice: Choice, rows: int, columns: int) -> bool:
+    """Whether no block or superblock of a stored [rows, columns] matrix would be ragged."""
+    try:
+        choice.superblocks(rows, columns)
+    except ShapeError:
+        return False
+    return True
 
 
 def check_shapes(architecture: Architecture, config: Config) -> None:
@@ -210,15 +236,23 @@ def linear_budget(architecture: Architecture, dtypes: Mapping[str, str], config:
 
 def fixed_bytes(architecture: Architecture, dtypes: Mapping[str, str], config: Config) -> int:
     """Bytes of the decomposed model that no allocation changes, with the longest header that any can have."""
-    dearest = {}
+    dearest: dict[str, Choice] = {}
+    longer, mixed = 0, False
     for layer, role, name in architecture.linears():
         sizes = _sizes(architecture, layer, role, config)
         dearest[name] = max(sizes, key=sizes.__getitem__)
-    tensors = layouts.decomposed(architecture, dtypes, dearest, config.decompose)
+        shapes = {choice: layouts.packed_shape(architecture, layer, role, choice) for choice in sizes}
+        entries = {choice: entry_bytes(layouts.packed(name, shape)) for choice, shape in shapes.items()}
+        longer += max(entries.values()) - entries[dearest[name]]
+        mixed |= len({tuple(shape.buffers()) for shape in shapes.values()}) > 1
+    tensors = layouts.decomposed(architecture, dtypes, dearest)
     files = folder_files(tensors)
-    # In one file no choice has longer shapes or offsets than the dearest one. Among several, tensors move to other
+    # In one file, and with tensors of the same names, no choice has longer offsets than the dearest one; shapes may be
+    # longer, and a header is padded to eight bytes. Among several files, or with other names, tensors move to other
     # places when the choice changes: room for offsets of any length.
-    spare = 2 * _OFFSET_DIGITS * len(tensors) if len(files) > 1 else 0
+    spare = longer + -longer % 8
+    if mixed or len(files) > 1:
+        spare += 2 * _OFFSET_DIGITS * len(tensors)
     return sum(files.values()) + spare - layouts.linear_bytes(tensors, architecture)
 
 
@@ -237,6 +271,6 @@ def estimate_allocation(architecture: Architecture, dtypes: Mapping[str, str], c
 def _sizes(architecture: Architecture, layer: int, role: str, config: Config) -> dict[Choice, int]:
     """Bytes of one matrix under each configuration it may take."""
     return {
-        choice: layouts.packed_bytes(layouts.packed_shape(architecture, layer, role, choice, config.decompose))
+        choice: layouts.packed_bytes(layouts.packed_shape(architecture, layer, role, choice))
         for choice in choices_for(architecture, role, layer, config)
     }

@@ -8,7 +8,7 @@ from prune.exceptions import RatioError
 from prune.groups import PRUNED_AXIS, ROLES, shape_of
 from qlora_pipe.architectures import Architecture, linear_name
 from qlora_pipe.artifacts.layout import DTYPE_BYTES, DTYPE_CODE, TensorSpec
-from qlora_pipe.config import Compact, Decompose, Prune
+from qlora_pipe.config import Compact, Prune
 from qlora_pipe.errors import ConfigError
 from quant.storage import Choice, PackedShape, packed_columns
 
@@ -25,7 +25,7 @@ def moments(architecture: Architecture) -> Tensors:
     return found
 
 
-def packed_shape(architecture: Architecture, layer: int, role: str, choice: Choice, settings: Decompose) -> PackedShape:
+def packed_shape(architecture: Architecture, layer: int, role: str, choice: Choice) -> PackedShape:
     """How one linear map is stored: the axis that pruning cuts is the row axis."""
     rows, columns = shape_of(role, architecture.layers[layer])
     return PackedShape(
@@ -33,28 +33,27 @@ def packed_shape(architecture: Architecture, layer: int, role: str, choice: Choi
         out_features=rows,
         choice=choice,
         transposed=PRUNED_AXIS[role] == "columns",
-        scale_bits=settings.scale_bits,
-        scale_dtype=settings.scale_dtype,
-        factor_dtype=settings.factor_dtype,
         bias=role in architecture.biased,
     )
 
 
 def packed_bytes(shape: PackedShape) -> int:
     """Bytes of the tensors of one packed linear map."""
-    return sum(spec.nbytes for spec in _specs("", shape).values())
+    return sum(spec.nbytes for spec in packed("", shape).values())
 
 
-def decomposed(
-    architecture: Architecture,
-    dtypes: Mapping[str, str],
-    allocation: Mapping[str, Choice],
-    settings: Decompose,
-) -> Tensors:
+def packed(name: str, shape: PackedShape) -> Tensors:
+    """The tensors of one packed linear map."""
+    return {
+        f"{name}.{buffer}": TensorSpec(DTYPE_CODE[dtype], size) for buffer, (dtype, size) in shape.buffers().items()
+    }
+
+
+def decomposed(architecture: Architecture, dtypes: Mapping[str, str], allocation: Mapping[str, Choice]) -> Tensors:
     """The packed model, whole or pruned: packed linear maps, and all other tensors as the checkpoint has them."""
     found = others(architecture, dtypes)
     for layer, role, name in architecture.linears():
-        found |= _specs(name, packed_shape(architecture, layer, role, allocation[name], settings))
+        found |= packed(name, packed_shape(architecture, layer, role, allocation[name]))
     return found
 
 
@@ -124,9 +123,3 @@ def linear_bytes(tensors: Tensors, architecture: Architecture) -> int:
 def tensor_bytes(tensors: Tensors) -> int:
     """Bytes of all tensors, headers not counted."""
     return sum(spec.elements * DTYPE_BYTES[spec.dtype] for spec in tensors.values())
-
-
-def _specs(name: str, shape: PackedShape) -> Tensors:
-    return {
-        f"{name}.{buffer}": TensorSpec(DTYPE_CODE[dtype], size) for buffer, (dtype, size) in shape.buffers().items()
-    }

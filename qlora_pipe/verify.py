@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,8 @@ from qlora_pipe.errors import ArtifactError, SourceError
 from qlora_pipe.inspection import plural, stages_of, weight_sets
 from qlora_pipe.known import CHAIN
 from qlora_pipe.units import format_bytes
+from quant.pack import pack, unpack
+from quant.storage import Choice
 
 _AGAIN = "run the stage again"
 _TOLERANCE = 1e-9
@@ -95,7 +97,7 @@ def _check_lineage(run: Path, stage: str) -> None:
 
 
 def _check_tensors(reader: TensorReader) -> int:
-    """Finite floats, positive steps, ranks that agree; the number of tensors."""
+    """Finite floats, positive steps, codes in range, ranks that agree; the number of tensors."""
     for name, place in reader.locations.items():
         if name.endswith(".lora_A.weight"):
             _check_rank(reader, name)
@@ -105,12 +107,36 @@ def _check_tensors(reader: TensorReader) -> int:
         low, high = (value.item() for value in torch.aminmax(tensor))
         if not (math.isfinite(low) and math.isfinite(high)):
             raise ArtifactError(f"{place.file}: tensor {name} holds NaN or Inf, expected finite numbers; {_AGAIN}")
-        kind = name.rpartition(".")[2]
-        if kind == "scale" and low <= 0:
+        stem, _, kind = name.rpartition(".")
+        # A packed map may hold blocks of zeros, whose scale is zero; the steps of L4Q are trained and stay positive.
+        if kind == "scale" and low <= 0 and f"{stem}.levels" not in reader:
             raise ArtifactError(f"{place.file}: tensor {name}: expected steps > 0, found {low:g}; {_AGAIN}")
         if kind in ("scale_max", "input", "gradient") and low < 0:
             raise ArtifactError(f"{place.file}: tensor {name}: expected values >= 0, found {low:g}; {_AGAIN}")
+        if kind == "levels":
+            _check_codes(reader, name)
     return len(reader.locations)
+
+
+def _check_codes(reader: TensorReader, name: str) -> None:
+    """Levels increase, every code has one, and what pads a row of codes is zero."""
+    place, levels, stem = reader.locations[name], reader.read(name), name.removesuffix("levels")
+    shape = {kind: reader.locations[f"{stem}{kind}"].spec.shape for kind in ("codes", "lowrank_left", "lowrank_right")}
+    if not bool((levels.diff() > 0).all()):
+        raise ArtifactError(f"{place.file}: tensor {name}: expected increasing levels, found others; {_AGAIN}")
+    bits = (len(levels) - 1).bit_length()
+    sides = shape["lowrank_left"][0], shape["lowrank_right"][1]
+    codes = {f"{stem}codes": sides[1] if shape["codes"][0] == sides[0] else sides[0]}
+    if f"{stem}zero_codes" in reader and f"{stem}scale" in reader:
+        codes[f"{stem}zero_codes"] = reader.locations[f"{stem}scale"].spec.shape[1]
+    for packed, columns in codes.items():
+        words = reader.read(packed)
+        found = unpack(words, bits, columns)
+        if int(found.max()) >= len(levels) or not torch.equal(pack(found, bits), words):
+            raise ArtifactError(
+                f"{place.file}: tensor {packed}: expected {columns} codes below {len(levels)} and zeros behind them, "
+                f"found others; {_AGAIN}"
+            )
 
 
 def _check_rank(reader: TensorReader, name: str) -> None:
@@ -126,6 +152,7 @@ def _check_table(folder: Path) -> None:
         for row in rows:
             if row["bytes"] <= 0 or not _is_loss(row["loss"]):
                 raise ArtifactError(f"{folder / 'table.json'}: {name}: expected bytes > 0 and a loss >= 0, found {row}")
+            Choice.from_json(row)
 
 
 def _check_allocation(folder: Path) -> None:
@@ -145,13 +172,9 @@ def _check_allocation(folder: Path) -> None:
         raise ArtifactError(f"{path}: expected a bound between 0 and the loss {loss}, found {body['bound']}; {_AGAIN}")
     for layer in range(len(choices) // len(ROLES)):
         for roles in body["ties"]:
-            taken = {_configuration(choices[linear_name(layer, role)]) for role in roles}
+            taken = {Choice.from_json(choices[linear_name(layer, role)]) for role in roles}
             if len(taken) > 1:
                 raise ArtifactError(f"{path}: {', '.join(roles)} of layer {layer} are tied but differ; {_AGAIN}")
-
-
-def _configuration(row: Mapping[str, Any]) -> tuple[int, int, int]:
-    return row["bits"], row["block_size"], row["rank"]
 
 
 def _check_kept(folder: Path) -> None:

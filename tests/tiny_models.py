@@ -10,17 +10,17 @@ from torch import Tensor, nn
 
 from qlora_pipe.architectures import Architecture, from_config
 from qlora_pipe.artifacts.tensors import TensorReader
-from qlora_pipe.config import Decompose
 from qlora_pipe.hf.model import Model, build, dense_linear, load_config
 from qlora_pipe.hf.tokens import IGNORED, Row
 from qlora_pipe.layouts import packed_shape
-from qlora_pipe.stages.packing import block_format, packed_buffers, packed_linear, stored
+from qlora_pipe.stages.packing import packed_linear, stored
+from quant.buffers import packed_buffers
 from quant.decompose import decompose
 from quant.fakequant import L4QLinear
 from quant.linear import PackedLinear
 from quant.storage import Choice
 
-CHOICE = Choice(4, 16, 4)
+CHOICE = Choice("nf", 4, 16, 4)
 
 
 class TinyFolder:
@@ -47,16 +47,16 @@ class TinyFolder:
 
         def linear(layer: int, role: str, name: str) -> nn.Module:
             weight, bias = self.weight(role, name)
-            settings = Decompose()
             result = decompose(
                 stored(weight, role),
-                block_format(CHOICE, settings),
-                CHOICE.rank,
+                CHOICE,
                 generator=torch.Generator().manual_seed(0),
                 max_iterations=1,
             )
-            shape = packed_shape(self.architecture, layer, role, CHOICE, settings)
-            return packed_linear(shape, packed_buffers(result.quantized, result.left, result.right, shape, bias))
+            shape = packed_shape(self.architecture, layer, role, CHOICE)
+            return packed_linear(
+                shape, packed_buffers(result.quantized, (result.left, result.right, None), shape, bias)
+            )
 
         model = self.build(linear)
         for module in model.modules():

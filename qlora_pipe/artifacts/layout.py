@@ -40,6 +40,8 @@ DTYPE_CODE = {
 SHARD_BYTES = 5 * 10**9
 """Tensor bytes after which a new file is begun, the habit of published checkpoints."""
 
+_LONGEST_OFFSET = 10**19
+
 _METADATA = {"format": "pt"}
 
 
@@ -73,6 +75,14 @@ def header(layout: Layout) -> bytes:
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
+
+
+def entry_bytes(layout: Layout) -> int:
+    """Most bytes that the entries of `layout` can take in headers and index, wherever its tensors lie."""
+    offsets = [_LONGEST_OFFSET, _LONGEST_OFFSET]
+    entries = {name: {"dtype": s.dtype, "shape": list(s.shape), "data_offsets": offsets} for name, s in layout.items()}
+    files = dict.fromkeys(layout, f"model-{0:05}-of-{0:05}.safetensors")
+    return len(json.dumps(entries, separators=(",", ":"))) + len(json.dumps(files, indent=4))
 
 
 def file_bytes(layout: Layout) -> int:

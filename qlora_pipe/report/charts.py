@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from prune.groups import ROLES
 from qlora_pipe.architectures import linear_name
-from qlora_pipe.report.facts import PRODUCTS, Kept, ModelRow, StageRow, configuration, configuration_name
+from qlora_pipe.report.facts import PRODUCTS, Kept, ModelRow, StageRow, configuration_name
 from qlora_pipe.report.table import figure as digits
 from qlora_pipe.units import format_bytes
+from quant.storage import Choice
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -138,12 +139,12 @@ def _bits_column(axes: "Axes", layer: int, choices: Mapping[str, Mapping[str, An
     tips = {}
     for row, role in enumerate(ROLES):
         name = linear_name(layer, role)
-        choice = configuration(choices[name])
+        choice = Choice.from_json(choices[name])
         mark = f"cell-{layer}-{role}"
         tips[mark] = f"{name}: {configuration_name(choice)}, {format_bytes(choices[name]['bytes'])}"
-        fill, ink = _HEX[f"bits-{choice[0]}"], _HEX[f"on-bits-{choice[0]}"]
+        fill, ink = _HEX[f"bits-{choice.bits}"], _HEX[f"on-bits-{choice.bits}"]
         axes.add_patch(Rectangle((layer + 0.03, row + 0.03), 0.94, 0.94, facecolor=fill, linewidth=0, gid=mark))
-        axes.text(layer + 0.5, row + 0.5, str(choice[0]), ha="center", va="center_baseline", color=ink)
+        axes.text(layer + 0.5, row + 0.5, str(choice.bits), ha="center", va="center_baseline", color=ink)
     return tips
 
 

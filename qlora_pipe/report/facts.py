@@ -11,6 +11,7 @@ from qlora_pipe.artifacts.manifest import Manifest, read_manifest
 from qlora_pipe.config_yaml import parse_yaml
 from qlora_pipe.errors import ArtifactError, ConfigError
 from qlora_pipe.known import CHAIN
+from quant.storage import Choice
 
 MODELS = {
     "base": "the original model",
@@ -25,6 +26,8 @@ MODELS = {
 
 PRODUCTS = ("compact", "full+recovered", "decomposed+recovered")
 """What a run hands out; the other models are steps on the way."""
+
+_GRIDS = {"lloyd": "Lloyd levels", "int": "signed integers", "uint": "integers with zero points"}
 
 
 class ModelRow(NamedTuple):
@@ -120,23 +123,28 @@ class Facts:
     def configurations(self) -> list[tuple[str, int, int]]:
         """(configuration, matrices that take it, their bytes), the dearest configuration first."""
         rows = list(self.allocation["choices"].values()) if self.allocation else []
-        count = Counter(map(configuration, rows))
-        size: Counter[tuple[int, int, int]] = Counter()
+        count = Counter(map(Choice.from_json, rows))
+        size: Counter[Choice] = Counter()
         for row in rows:
-            size[configuration(row)] += row["bytes"]
-        ordered = sorted(count, key=lambda it: (-it[0], it[1], -it[2]))
+            size[Choice.from_json(row)] += row["bytes"]
+        ordered = sorted(count, key=lambda it: (-it.bits, it.block_size, -it.rank, it.name))
         return [(configuration_name(it), count[it], size[it]) for it in ordered]
 
 
-def configuration(row: Mapping[str, Any]) -> tuple[int, int, int]:
-    """(bits, block size, rank) of an entry of allocation.json."""
-    return int(row["bits"]), int(row["block_size"]), int(row["rank"])
-
-
-def configuration_name(choice: tuple[int, int, int]) -> str:
-    """A configuration for people."""
-    bits, block, rank = choice
-    return f"{bits} bits, blocks of {block}, rank {rank}"
+def configuration_name(choice: Choice) -> str:
+    """A configuration for people; what is usual goes without saying."""
+    parts = [f"{choice.bits} bits", f"blocks of {choice.block_size}", f"rank {choice.rank}"]
+    if choice.grid != "nf":
+        parts.append(_GRIDS[choice.grid])
+    if choice.direct:
+        parts.append(f"{choice.scale_dtype} scales")
+    elif choice.scale_bits != Choice.scale_bits or choice.scale_dtype != Choice.scale_dtype:
+        parts.append(f"{choice.scale_bits}-bit scales under {choice.scale_dtype}")
+    if choice.superblock is not None:
+        parts.append(f"superblocks of {choice.superblock}")
+    if choice.factor_dtype != Choice.factor_dtype:
+        parts.append(f"{choice.factor_dtype} factors")
+    return ", ".join(parts)
 
 
 def kept_counts(record: Mapping[str, Any]) -> tuple[Kept, ...]:

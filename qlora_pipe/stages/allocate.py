@@ -21,7 +21,7 @@ def run(context: Context) -> None:
     problem = Problem(
         budget=budget,
         items=tuple(
-            Item(name, tuple(Option(_choice(row).name, row["bytes"], row["loss"]) for row in rows))
+            Item(name, tuple(Option(Choice.from_json(row).name, row["bytes"], row["loss"]) for row in rows))
             for name, rows in table.items()
         ),
         ties=ties,
@@ -36,9 +36,9 @@ def run(context: Context) -> None:
             "fewer bits, larger blocks or smaller ranks"
         ) from error
     check(problem, solution)
-    chosen = {
-        name: next(row for row in rows if _choice(row).name == solution.selection[name]) for name, rows in table.items()
-    }
+    chosen = {}
+    for name, rows in table.items():
+        chosen[name] = next(row for row in rows if Choice.from_json(row).name == solution.selection[name])
     context.write_json(
         "allocation.json",
         {
@@ -58,23 +58,19 @@ def run(context: Context) -> None:
 def _keep_common_choices(table: dict[str, list[dict[str, Any]]], ties: tuple[tuple[str, ...], ...]) -> None:
     """Tied matrices of different shape may take only what all of them can: drop the rest from `table`."""
     for group in ties:
-        common = set.intersection(*({_choice(row) for row in table[name]} for name in group))
+        common = set.intersection(*({Choice.from_json(row) for row in table[name]} for name in group))
         if not common:
             raise ConfigError(
                 f"decompose.ties: {', '.join(group)} are tied but have no configuration in common; offer more "
                 "block_sizes or ranks, or untie them"
             )
         for name in group:
-            table[name] = [row for row in table[name] if _choice(row) in common]
+            table[name] = [row for row in table[name] if Choice.from_json(row) in common]
 
 
 def read_allocation(body: dict[str, Any]) -> dict[str, Choice]:
     """Module name to Choice, from allocation.json."""
-    return {name: _choice(row) for name, row in body["choices"].items()}
-
-
-def _choice(row: dict[str, Any]) -> Choice:
-    return Choice(row["bits"], row["block_size"], row["rank"])
+    return {name: Choice.from_json(row) for name, row in body["choices"].items()}
 
 
 def _ties(layers: int, roles: tuple[tuple[str, ...], ...]) -> tuple[tuple[str, ...], ...]:
@@ -83,7 +79,7 @@ def _ties(layers: int, roles: tuple[tuple[str, ...], ...]) -> tuple[tuple[str, .
 
 STAGE = Stage(
     "allocate",
-    1,
+    2,
     ("score",),
     lambda config: config.decompose.model_dump(mode="json", include={"budget", "ties", "time_limit"}),
     run,

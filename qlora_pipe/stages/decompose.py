@@ -4,8 +4,9 @@ import torch
 
 from qlora_pipe import layouts
 from qlora_pipe.stages.base import Context, Stage
-from qlora_pipe.stages.packing import block_format, packed_buffers, stored, torch_dtype
+from qlora_pipe.stages.packing import stored
 from qlora_pipe.stages.score import weights_of
+from quant.buffers import packed_buffers
 from quant.decompose import decompose
 
 
@@ -21,20 +22,19 @@ def run(context: Context) -> None:
     ):
         for number, (layer, role, name) in enumerate(architecture.linears()):
             choice = known.allocation[name]
-            shape = layouts.packed_shape(architecture, layer, role, choice, settings)
+            shape = layouts.packed_shape(architecture, layer, role, choice)
             row_weight, column_weight = weights_of(context, moments.read, name, role)
             result = decompose(
                 stored(context.base_reader.read_float(f"{name}.weight"), role),
-                block_format(choice, settings),
-                choice.rank,
+                choice,
                 generator=torch.Generator().manual_seed(config.seed * 1_000_003 + number),
                 row_weight=row_weight,
                 column_weight=column_weight,
                 max_iterations=settings.iterations,
-                factor_dtype=torch_dtype(settings.factor_dtype),
             )
             bias = context.base_reader.read_float(f"{name}.bias") if shape.bias else None
-            for buffer, tensor in packed_buffers(result.quantized, result.left, result.right, shape, bias).items():
+            factors = (result.left, result.right, result.factor_scale)
+            for buffer, tensor in packed_buffers(result.quantized, factors, shape, bias).items():
                 writer.write(f"{name}.{buffer}", tensor)
             losses[name] = {"choice": choice.name, "loss": result.loss, "iterations": len(result.losses)}
             advance()
@@ -45,7 +45,7 @@ def run(context: Context) -> None:
 
 STAGE = Stage(
     "decompose",
-    1,
+    2,
     ("source", "calibrate", "allocate"),
     lambda config: {"seed": config.seed} | config.decompose.model_dump(mode="json", exclude={"budget", "time_limit"}),
     run,

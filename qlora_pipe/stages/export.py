@@ -65,18 +65,19 @@ def _merged(context: Context, factor: float) -> Read:
     if context.config.recover.base == "original":
         dense: Read = context.base_reader.read_float
     else:
-        dense = _dequantised(context, context.reader("decompose"), full)
+        dense = _dequantised(context, "decompose", full)
     return _adapted(dense, full, context.reader("recover", "adapter"), factor)
 
 
-def _dequantised(context: Context, reader: TensorReader, architecture: Architecture) -> Read:
+def _dequantised(context: Context, stage: str, architecture: Architecture) -> Read:
     """Q + L1 L2 for the weights of linear maps, all else as stored."""
+    reader = context.reader(stage)
     places = {f"{name}.weight": (layer, role) for layer, role, name in architecture.linears()}
 
     def read(tensor: str) -> Tensor:
         if tensor not in places:
             return reader.read_float(tensor)
-        return packed_map(context, reader, architecture, *places[tensor]).dequantized()
+        return packed_map(context, reader, stage, *places[tensor]).dequantized()
 
     return read
 
@@ -111,7 +112,7 @@ def _integers(context: Context) -> Read:
 def _small(context: Context) -> Read:
     """The pruned model with its adapter merged."""
     small = context.known.small
-    dense = _dequantised(context, context.reader("prune"), small)
+    dense = _dequantised(context, "prune", small)
     return _adapted(dense, small, context.reader("train", "adapter"), strength(context))
 
 

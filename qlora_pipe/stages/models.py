@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from prune.groups import PRUNED_AXIS
 from prune.slice import slice_bias, slice_rows_or_columns
-from qlora_pipe import layouts
 from qlora_pipe.architectures import Architecture, linear_name
 from qlora_pipe.artifacts.tensors import TensorReader
 from qlora_pipe.hf.model import AdaptedLinear, Model, build, dense_linear, load_config
@@ -99,14 +98,9 @@ def with_adapter(read: Callable[[str], Tensor], strength: float, dtype: torch.dt
     return wrap
 
 
-def packed_map(
-    context: Context, reader: TensorReader, architecture: Architecture, layer: int, role: str
-) -> PackedLinear:
+def packed_map(context: Context, reader: TensorReader, stage: str, layer: int, role: str) -> PackedLinear:
     """Q + L1 L2 of one linear map, from the tensors of decompose or prune."""
-    name = linear_name(layer, role)
-    choice = context.known.allocation[name]
-    shape = layouts.packed_shape(architecture, layer, role, choice, context.config.decompose)
-    return read_packed(reader.read, name, shape)
+    return read_packed(reader.read, linear_name(layer, role), context.known.packed_shape(stage, layer, role))
 
 
 def l4q_modules(model: Model) -> dict[str, L4QLinear]:
@@ -123,7 +117,7 @@ def _from_packed(context: Context, stage: str, architecture: Architecture, wrap:
     reader = context.reader(stage)
 
     def linear(layer: int, role: str, name: str) -> nn.Module:
-        packed = packed_map(context, reader, architecture, layer, role)
+        packed = packed_map(context, reader, stage, layer, role)
         if not dense:
             return packed
         bias = None if packed.bias is None else packed.bias.to(context.dtype)

@@ -5,16 +5,14 @@ from torch import Tensor
 
 from prune.exceptions import PruneError
 from prune.groups import ROLES
-from prune.indexmap import IndexMap
 from prune.saliency import GroupScores, activation, random
 from prune.select import select
-from qlora_pipe import layouts
 from qlora_pipe.architectures import linear_name
 from qlora_pipe.errors import ConfigError
 from qlora_pipe.stages.base import Context, Stage
 from qlora_pipe.stages.models import packed_map
-
-_BY_ROW = ("codes", "scale_codes", "scale_max")
+from qlora_pipe.stages.packing import read_buffers
+from quant.buffers import slice_rows
 
 
 def run(context: Context) -> None:
@@ -37,24 +35,13 @@ def run(context: Context) -> None:
     reader = context.reader("decompose")
     with context.writer(known.pruned()) as writer:
         for layer, role, name in known.architecture.linears():
-            shape = layouts.packed_shape(
-                known.architecture, layer, role, known.allocation[name], context.config.decompose
-            )
-            for buffer in shape.buffers():
-                tensor = reader.read(f"{name}.{buffer}")
-                writer.write(f"{name}.{buffer}", _sliced(buffer, tensor, shape.transposed, kept, layer, role))
+            shape = known.packed_shape("decompose", layer, role)
+            buffers = read_buffers(reader.read, name, shape)
+            sliced = slice_rows(buffers, shape, kept.kept_indices(layer, role))
+            for buffer in known.packed_shape("prune", layer, role).buffers():
+                writer.write(f"{name}.{buffer}", sliced[buffer])
         for name in known.architecture.others():
             writer.write(name, reader.read(name))
-
-
-def _sliced(buffer: str, tensor: Tensor, transposed: bool, kept: IndexMap, layer: int, role: str) -> Tensor:
-    """Rows of everything that follows the pruned axis; the other low-rank factor and the offset stay whole."""
-    indices = kept.kept_indices(layer, role)
-    if buffer in _BY_ROW or (not transposed and buffer in ("lowrank_left", "bias")):
-        return tensor[indices]
-    if transposed and buffer == "lowrank_right":
-        return tensor[:, indices]
-    return tensor
 
 
 def _scores(context: Context) -> list[dict[str, Tensor]]:
@@ -66,7 +53,7 @@ def _scores(context: Context) -> list[dict[str, Tensor]]:
     moments = context.reader("calibrate", "moments")
 
     def weight(layer: int, role: str) -> Tensor:
-        return packed_map(context, reader, known.architecture, layer, role).dequantized()
+        return packed_map(context, reader, "decompose", layer, role).dequantized()
 
     with context.reporter.progress("scoring groups", len(known.architecture.layers)) as advance:
         for layer, shape in enumerate(known.architecture.layers):
@@ -89,7 +76,7 @@ def _scores(context: Context) -> list[dict[str, Tensor]]:
 
 STAGE = Stage(
     "prune",
-    1,
+    2,
     ("calibrate", "allocate", "decompose"),
     lambda config: {"seed": config.seed} | config.prune.model_dump(mode="json"),
     run,

@@ -8,7 +8,7 @@ from prune.groups import PRUNED_AXIS
 from qlora_pipe import layouts
 from qlora_pipe.known import choices_for
 from qlora_pipe.stages.base import Context, Stage
-from qlora_pipe.stages.packing import block_format, stored, torch_dtype
+from qlora_pipe.stages.packing import stored
 from quant.errors import error_table
 
 
@@ -24,21 +24,15 @@ def run(context: Context) -> None:
             row_weight, column_weight = weights_of(context, moments.read, name, role)
             losses = error_table(
                 stored(context.base_reader.read_float(f"{name}.weight"), role),
-                [(block_format(choice, settings), choice.rank) for choice in choices],
+                choices,
                 generator_seed=config.seed * 1_000_003 + number,
                 row_weight=row_weight,
                 column_weight=column_weight,
                 iterations=settings.table_iterations,
-                factor_dtype=torch_dtype(settings.factor_dtype),
             )
             table[name] = [
-                {
-                    "bits": choice.bits,
-                    "block_size": choice.block_size,
-                    "rank": choice.rank,
-                    "bytes": layouts.packed_bytes(layouts.packed_shape(architecture, layer, role, choice, settings)),
-                    "loss": loss,
-                }
+                choice.to_json()
+                | {"bytes": layouts.packed_bytes(layouts.packed_shape(architecture, layer, role, choice)), "loss": loss}
                 for choice, loss in zip(choices, losses, strict=True)
             ]
             advance()
@@ -57,7 +51,7 @@ def weights_of(
 
 STAGE = Stage(
     "score",
-    1,
+    2,
     ("source", "calibrate"),
     lambda config: (
         {"seed": config.seed}

@@ -5,7 +5,8 @@ Everything is read from the artifacts of a real run of a tiny model. Equalities 
 
 import io
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +15,6 @@ from torch import Tensor, nn
 
 from prune.groups import PRUNED_AXIS, ROLES, shape_of
 from prune.scatter import scatter_adapter
-from qlora_pipe import layouts
 from qlora_pipe.architectures import linear_name
 from qlora_pipe.artifacts.store import Artifact
 from qlora_pipe.compile import compile_model
@@ -28,15 +28,21 @@ from qlora_pipe.stages.base import Context
 from qlora_pipe.stages.models import decomposed_model, integer_model, l4q_modules, pruned_model, with_adapter
 from qlora_pipe.stages.packing import packed_linear, read_packed
 from qlora_pipe.stages.train import strength
+from qlora_pipe.verify import verify_path
 from quant import blockwise
+from quant.codebook import normal_float
 from quant.linear import PackedLinear
-from quant.storage import Choice, PackedShape
+from quant.lowrank import dequantize_factors
+from quant.scales import StoredScales, scales
+from quant.storage import Choice
 
 IDS = torch.arange(2 * 40).reshape(2, 40) * 11 % 256
+GRIDS = ("decompose.grids=[lloyd, uint]", "decompose.superblock=4", "decompose.factor_dtype=int8")
 VARIANTS = {
-    "llama": ("llama", {}),
-    "llama-bias": ("llama", {"attention_bias": True, "mlp_bias": True}),
-    "qwen2": ("qwen2", {}),
+    "llama": ("llama", {}, ()),
+    "llama-bias": ("llama", {"attention_bias": True, "mlp_bias": True}, ()),
+    "qwen2": ("qwen2", {}, ()),
+    "llama-grids": ("llama", {}, GRIDS),
 }
 
 
@@ -51,9 +57,7 @@ class Chain:
     def packed(self, stage: str, layer: int, role: str) -> PackedLinear:
         """The linear map as a stage stored it."""
         known, name = self.context.known, linear_name(layer, role)
-        architecture = known.small if stage == "prune" else known.architecture
-        shape = layouts.packed_shape(architecture, layer, role, known.allocation[name], self.context.config.decompose)
-        return read_packed(self.context.reader(stage).read, name, shape)
+        return read_packed(self.context.reader(stage).read, name, known.packed_shape(stage, layer, role))
 
     def adapter(self, stage: str, layer: int, role: str) -> tuple[Tensor, Tensor]:
         reader, name = self.context.reader(stage, "adapter"), linear_name(layer, role)
@@ -81,11 +85,11 @@ class Chain:
 @pytest.fixture(scope="module", params=VARIANTS)
 def chain(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Chain:
     folder = tmp_path_factory.mktemp(request.param)
-    model_type, extra = VARIANTS[request.param]
+    model_type, extra, changes = VARIANTS[request.param]
     save_tiny_model(folder / "model", model_type, **extra)
     save_texts(folder)
     # Steps large enough that every adapter is far from zero; wide enough to mix code widths.
-    config = load(save_settings(folder), ("train.learning_rate=0.02", "compact.learning_rate=0.02"))
+    config = load(save_settings(folder), ("train.learning_rate=0.02", "compact.learning_rate=0.02", *changes))
     seen: list[Model] = []
     fitted = compact.fit
 
@@ -120,21 +124,21 @@ def product(left: Tensor, right: Tensor, start: Tensor) -> Tensor:
 
 def with_factors(module: PackedLinear, left: Tensor, right: Tensor) -> PackedLinear:
     """The same codes with another low-rank part, in fp32."""
-    shape = PackedShape(
-        in_features=module.in_features,
-        out_features=module.out_features,
-        choice=Choice(module.fmt.bits, module.fmt.block_size, left.shape[1]),
-        transposed=module.transposed,
-        scale_bits=module.fmt.scale_bits,
-        factor_dtype="float32",
-        bias=module.bias is not None,
-    )
-    return packed_linear(shape, {**module.state_dict(), "lowrank_left": left, "lowrank_right": right})
+    shape = module.shape
+    shape = replace(shape, choice=replace(shape.choice, rank=left.shape[1], factor_dtype="float32"))
+    kept = {name: tensor for name, tensor in module.state_dict().items() if name != "lowrank_scale"}
+    return packed_linear(shape, {**kept, "lowrank_left": left, "lowrank_right": right})
+
+
+def factors_of(module: PackedLinear) -> tuple[Tensor, Tensor]:
+    """fp32 factors of the low-rank part, whatever they are stored in."""
+    buffers = dict(module.named_buffers())
+    return dequantize_factors(buffers["lowrank_left"], buffers["lowrank_right"], buffers.get("lowrank_scale"))
 
 
 def test_slicing_commutes_with_the_decomposition(chain: Chain) -> None:
     """F1: (Q + L1 L2)[I, J] = Q[I, J] + L1[I] L2[:, J]."""
-    widths = set()
+    formats = set()
     for layer, role in chain.matrices():
         full, small = chain.packed("decompose", layer, role), chain.packed("prune", layer, role)
         assert small.codes.shape[0] < full.codes.shape[0]
@@ -145,8 +149,8 @@ def test_slicing_commutes_with_the_decomposition(chain: Chain) -> None:
             assert small.bias is not None
             expected = chain.kept(layer, role, full.bias) if PRUNED_AXIS[role] == "rows" else full.bias
             assert torch.equal(small.bias, expected), (layer, role)
-        widths.add(full.fmt.bits)
-    assert len(widths) > 1, "the allocation mixes code widths"
+        formats.add((full.shape.choice.grid, full.shape.choice.bits))
+    assert len(formats) > 1, "the allocation mixes code widths or grids"
 
 
 def test_the_scattered_adapter_changes_the_kept_block_alone(chain: Chain) -> None:
@@ -172,10 +176,10 @@ def test_two_adapters_are_one_of_both_ranks(chain: Chain) -> None:
         for stage, trained in (("decompose", "recover"), ("prune", "train")):
             module = chain.packed(stage, layer, role)
             lora_a, lora_b = chain.adapter(trained, layer, role)
-            left = torch.cat([module.lowrank_left.float(), scale * lora_b], dim=1)
-            right = torch.cat([module.lowrank_right.float(), lora_a])
+            first, second = factors_of(module)
+            left, right = torch.cat([first, scale * lora_b], dim=1), torch.cat([second, lora_a])
             joined[stage] = with_factors(module, left, right)
-            x = torch.randn(5, module.in_features, generator=torch.Generator().manual_seed(layer))
+            x = torch.randn(5, module.shape.in_features, generator=torch.Generator().manual_seed(layer))
             module.attach_adapter(lora_a.shape[0], scale * lora_a.shape[0], torch.Generator())
             with torch.no_grad():
                 module.task_a.copy_(lora_a)
@@ -209,9 +213,10 @@ def test_where_the_removed_structure_does_nothing_recovery_is_exact(chain: Chain
 
 def drifted(chain: Chain, layer: int, role: str) -> tuple[PackedLinear, PackedLinear, Tensor, Tensor]:
     """Full and small map, and the low-rank factors of the small one as training in place would move them."""
-    full, small = chain.packed("decompose", layer, role), chain.packed("prune", layer, role)
+    full, small = (chain.packed(stage, layer, role) for stage in ("decompose", "prune"))
+    full, small = (with_factors(module, *factors_of(module)) for module in (full, small))
     generator = torch.Generator().manual_seed(7)
-    left, right = small.lowrank_left.float(), small.lowrank_right.float()
+    left, right = factors_of(small)
     noise = [0.05 * torch.randn(factor.shape, generator=generator) * factor.std() for factor in (left, right)]
     return full, small, left + noise[0], right + noise[1]
 
@@ -221,8 +226,10 @@ def test_factors_trained_in_place_cannot_be_put_back_at_their_rank(chain: Chain,
     """N1 loses L1 L2 where it was not trained; N2 keeps the rows but their shared factor has moved."""
     full, small, left, right = drifted(chain, 0, role)
     kept = chain.context.index_map.kept_indices(0, role)
-    scattered_right, scattered_left = scatter_adapter(right, left, role, kept, (full.out_features, full.in_features))
-    filled_left, filled_right = full.lowrank_left.float(), full.lowrank_right.float()
+    scattered_right, scattered_left = scatter_adapter(
+        right, left, role, kept, (full.shape.out_features, full.shape.in_features)
+    )
+    filled_left, filled_right = (factor.clone() for factor in factors_of(full))
     if PRUNED_AXIS[role] == "rows":
         filled_left[kept], filled_right = left, right
     else:
@@ -244,15 +251,15 @@ def test_factors_trained_in_place_cannot_be_put_back_at_their_rank(chain: Chain,
 def test_factors_trained_in_place_go_back_exactly_at_twice_the_rank(chain: Chain, role: str) -> None:
     full, small, left, right = drifted(chain, 0, role)
     kept = chain.context.index_map.kept_indices(0, role)
-    other_left, other_right = full.lowrank_left.float().clone(), full.lowrank_right.float().clone()
+    other_left, other_right = (factor.clone() for factor in factors_of(full))
     if PRUNED_AXIS[role] == "rows":
         other_left[kept] = 0
     else:
         other_right[:, kept] = 0
-    back_right, back_left = scatter_adapter(right, left, role, kept, (full.out_features, full.in_features))
+    back_right, back_left = scatter_adapter(right, left, role, kept, (full.shape.out_features, full.shape.in_features))
     double = with_factors(full, torch.cat([other_left, back_left], dim=1), torch.cat([other_right, back_right]))
     found, outside = double.dequantized(), chain.outside(0, role)
-    assert double.rank == 2 * full.rank
+    assert double.shape.choice.rank == 2 * full.shape.choice.rank
     assert torch.equal(chain.kept(0, role, found), with_factors(small, left, right).dequantized())
     assert torch.equal(found[outside], full.dequantized()[outside])
 
@@ -264,19 +271,18 @@ def test_codes_of_down_slice_with_blocks_along_the_output_alone() -> None:
     kept = torch.tensor([n for n in range(96) if n % 3])
 
     def rebuild(codes: Tensor, scale: Tensor) -> Tensor:
-        return blockwise.dequantize(codes, scale, fmt.bits)
+        return blockwise.dequantize(codes, scale, normal_float(fmt.bits))
 
     along_output = blockwise.quantize(weight.T.contiguous(), fmt)
-    scale = blockwise.scales(along_output.scale_codes, along_output.scale_max, along_output.scale_offset, fmt)
+    stored = along_output.scales
+    scale = scales(stored, fmt)
     whole = rebuild(along_output.codes, scale)
-    sliced_scale = blockwise.scales(
-        along_output.scale_codes[kept], along_output.scale_max[kept], along_output.scale_offset, fmt
-    )
+    sliced_scale = scales(StoredScales(stored.values[kept], stored.maximum[kept], stored.offset), fmt)
     assert torch.equal(sliced_scale, scale[kept])
     assert torch.equal(rebuild(along_output.codes[kept], sliced_scale).T, whole.T[:, kept])
 
     along_input = blockwise.quantize(weight, fmt)
-    scale = blockwise.scales(along_input.scale_codes, along_input.scale_max, along_input.scale_offset, fmt)
+    scale = scales(along_input.scales, fmt)
     expected = rebuild(along_input.codes, scale)[:, kept]
     naive = rebuild(along_input.codes[:, kept].contiguous(), scale[:, : len(kept) // fmt.block_size].contiguous())
     assert not torch.equal(naive, expected)
@@ -306,3 +312,20 @@ def test_stored_integers_give_the_logits_of_training(chain: Chain) -> None:
     for name, weight in chain.trained_weights.items():
         assert torch.equal(reloaded.get_parameter(f"{name}.weight"), weight), name
     assert torch.equal(logits(reloaded), chain.trained_logits)
+
+
+def test_every_artifact_verifies(chain: Chain) -> None:
+    stages = {line.split()[0] for line in verify_path(Path(chain.context.config.run))}
+    assert {"decompose", "prune", "recover"} <= stages
+
+
+def test_the_variant_of_all_grids_takes_several(chain: Chain) -> None:
+    """Both kinds of scales are there, and what pruning makes of those whose superblocks span rows."""
+    if "uint" not in chain.context.config.decompose.grids:
+        pytest.skip("one grid only")
+    assert {choice.grid for choice in chain.context.known.allocation.values()} == {"lloyd", "uint"}
+    for layer, role in chain.matrices():
+        full, small = (dict(chain.packed(stage, layer, role).named_buffers()) for stage in ("decompose", "prune"))
+        assert "lowrank_scale" in full
+        assert "scale" in small
+        assert ("scale_max" in full) == ("zero_codes" not in full)

@@ -78,7 +78,7 @@ class RunBuilder:
         shape = LayerShape(hidden=64, heads=4, kv_heads=2, head_dim=16, ffn=128)
         architecture = Architecture("llama", FAMILIES[0], 48, (shape,) * layers, True, frozenset())
         names = [name for _, _, name in architecture.linears()]
-        ladder = [Choice(2, 64, 4), Choice(3, 64, 4), Choice(3, 32, 4), Choice(4, 64, 4), Choice(8, 32, 4)]
+        ladder = [Choice("nf", *sizes, 4) for sizes in ((2, 64), (3, 64), (3, 32), (4, 64), (8, 32))]
         # Tied roles alike, the ends of the model dearer than its middle.
         allocation = {
             name: ladder[(2 * (layer in (0, layers - 1)) + layer + {"o": 1, "down": 2}.get(role, 0)) % 5]
@@ -123,10 +123,9 @@ class RunBuilder:
         found = {}
         for number, (layer, role, name) in enumerate(self.known.architecture.linears()):
             choice = self.known.allocation[name]
-            shape = layouts.packed_shape(self.known.architecture, layer, role, choice, self.config.decompose)
+            shape = layouts.packed_shape(self.known.architecture, layer, role, choice)
             loss = 0.01 * (number + 1) / choice.bits**2
-            found[name] = {"bits": choice.bits, "block_size": choice.block_size, "rank": choice.rank}
-            found[name] |= {"bytes": layouts.packed_bytes(shape), "loss": loss}
+            found[name] = choice.to_json() | {"bytes": layouts.packed_bytes(shape), "loss": loss}
         return found
 
     def _score(self, out: Path) -> None:
@@ -234,6 +233,7 @@ class RunBuilder:
         with TensorWriter(out, layout, stem=stem) as writer:
             for name, spec in layout.items():
                 tensor = values[name] if values else torch.rand(spec.shape, generator=self.generator) + 0.01
+                tensor = tensor.sort().values if name.endswith(".levels") else tensor
                 change = self.tamper.get(f"{out.name.partition('-')[0]}/{stem}/{name}", lambda same: same)
                 found[name] = change(tensor.to(torch_dtype_of(spec.dtype)))
                 writer.write(name, found[name])

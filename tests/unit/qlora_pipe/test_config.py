@@ -88,3 +88,18 @@ def test_accepted(settings: dict[str, Any]) -> None:
 def test_resolved_settings_validate_to_the_same() -> None:
     found = config(train={"steps": 3})
     assert Config.model_validate(found.model_dump(mode="json")) == found
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"scale_bits": 16, "scale_dtype": "float32"}, "with scale_bits 16, got 'float32'"),
+        ({"scale_bits": 32}, "with scale_bits 32, got 'bfloat16'"),
+        ({"scale_bits": 16, "superblock": 4}, "superblock must be None"),
+        ({"grids": []}, "at least one value"),
+    ],
+)
+def test_scales_of_no_format_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        config(decompose=settings)
+    assert config(decompose={"scale_bits": 16, "factor_dtype": "int8"}).decompose.choice("nf", 4, 64, 0).direct

@@ -11,6 +11,8 @@ from qlora_pipe.artifacts.manifest import FileEntry, Manifest, read_manifest
 from qlora_pipe.errors import ArtifactError
 from qlora_pipe.inspection import describe, fold, weight_sets
 from qlora_pipe.known import CHAIN
+from qlora_pipe.report.facts import configuration_name
+from quant.storage import Choice
 
 ROOT = Path(__file__).parents[3]
 Build = Callable[..., Any]
@@ -119,3 +121,16 @@ def test_torch_is_not_needed(run_builder: Build) -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_configurations_tell_what_is_not_usual() -> None:
+    told = {
+        Choice("nf", 3, 64, 0): "3 bits, blocks of 64, rank 0",
+        Choice("uint", 4, 128, 16, 16, "float16"): "4 bits, blocks of 128, rank 16, integers with zero points, "
+        "float16 scales",
+        Choice(
+            "lloyd", 2, 32, 8, 4, superblock=256, factor_dtype="int8"
+        ): "2 bits, blocks of 32, rank 8, Lloyd levels, 4-bit scales under bfloat16, superblocks of 256, int8 factors",
+        Choice("int", 8, 32, 8, 32, "float32"): "8 bits, blocks of 32, rank 8, signed integers, float32 scales",
+    }
+    assert [configuration_name(choice) for choice in told] == list(told.values())

@@ -113,10 +113,13 @@ SHARDED = TINY | {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_l
 
 @pytest.mark.parametrize("sizes", [TINY, NARROW, SHARDED])
 @pytest.mark.parametrize("bits", [(2, 3, 4), (3, 4), (2, 8)])
-def test_a_budget_in_bytes_leaves_room_for_the_longest_header(sizes: dict[str, Any], bits: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("grids", [("nf",), ("nf", "uint"), ("int", "lloyd"), ("int", "uint")])
+def test_a_budget_in_bytes_leaves_room_for_the_longest_header(
+    sizes: dict[str, Any], bits: tuple[int, ...], grids: tuple[str, ...]
+) -> None:
     """Whatever is chosen, all but the linear maps takes at most the fixed bytes; not much less either."""
     architecture = from_config(sizes)
-    config = configure(decompose={"bits": bits, "block_sizes": (16, 32, 64), "ranks": (0, 3)})
+    config = configure(decompose={"grids": grids, "bits": bits, "block_sizes": (16, 32, 64), "ranks": (0, 3)})
     fixed = fixed_bytes(architecture, {}, config)
     uniform = [
         dict.fromkeys((name for _, _, name in architecture.linears()), choice)
@@ -124,11 +127,43 @@ def test_a_budget_in_bytes_leaves_room_for_the_longest_header(sizes: dict[str, A
     ]
     spare = []
     for allocation in uniform + [random_allocation(architecture, config, seed) for seed in range(10)]:
-        tensors = layouts.decomposed(architecture, {}, allocation, config.decompose)
+        tensors = layouts.decomposed(architecture, {}, allocation)
         spare.append(fixed - sum(folder_files(tensors).values()) + layouts.linear_bytes(tensors, architecture))
     assert min(spare) >= 0
-    # 60 bytes of a tensor's entry in each of header and index.
-    assert max(spare) < 120 * len(tensors)
+    # 60 bytes of a tensor's entry in each of header and index; grids may differ in two tensors of each map.
+    assert max(spare) < 120 * len(tensors) + (400 * len(allocation) if len(grids) > 1 else 0)
+
+
+def test_choices_of_every_grid_are_stored_as_their_readers_expect(tiny: Architecture) -> None:
+    settings = {"grids": ("uint", "nf", "int", "lloyd"), "bits": (4,), "scale_bits": 4, "factor_dtype": "int8"}
+    config = configure(decompose=settings | {"scale_dtype": "float32", "superblock": 8, "block_sizes": (16,)})
+    found = {choice.grid: choice for choice in choices_for(tiny, "q", 0, config) if choice.rank}
+    for grid in ("int", "uint"):
+        assert found[grid] == Choice(grid, 4, 16, 4, 16, "float16", None, "int8")
+    for grid in ("nf", "lloyd"):
+        assert found[grid] == Choice(grid, 4, 16, 4, 4, "float32", 8, "int8")
+
+
+def test_superblocks_must_divide_the_blocks(tiny: Architecture) -> None:
+    # q is [64, 64]: 256 blocks of 16, 128 of 32.
+    def blocks(superblock: int) -> set[int]:
+        config = configure(decompose={"superblock": superblock})
+        return {choice.block_size for choice in choices_for(tiny, "q", 0, config)}
+
+    assert (blocks(128), blocks(256)) == ({16, 32}, {16})
+    with pytest.raises(ConfigError, match=r"a superblock that divides the matrix's blocks \(have 96\)"):
+        blocks(96)
+
+
+def test_pruning_materialises_scales_of_superblocks_across_rows(tiny: Architecture) -> None:
+    known = knowing(tiny, decompose={"superblock": 8})
+    name = "model.layers.0.self_attn.q_proj"
+    assert known.decomposed()[f"{name}.scale_max"].shape == (known.allocation[name].superblocks(64, 64),)
+    small = known.pruned()
+    assert f"{name}.scale_max" not in small
+    blocks = 64 // known.allocation[name].block_size
+    assert (small[f"{name}.scale"].dtype, small[f"{name}.scale"].shape) == ("F32", (32, blocks))
+    assert "scale" not in knowing(tiny).packed_shape("prune", 0, "q").buffers()
 
 
 def test_the_estimate_is_the_dearest_that_fits(tiny: Architecture) -> None:
@@ -141,12 +176,12 @@ def test_the_estimate_is_the_dearest_that_fits(tiny: Architecture) -> None:
     assert costs == sorted(costs)
     assert costs[0] < costs[-1]
     known = knowing(tiny, decompose={"budget": "30bits"})
-    assert set(known.allocation.values()) == {Choice(4, 16, 4)}
+    assert set(known.allocation.values()) == {Choice("nf", 4, 16, 4)}
 
 
 def test_the_estimate_below_the_minimum_is_the_minimum(tiny: Architecture) -> None:
     known = knowing(tiny, decompose={"budget": "0.5bits"})
-    assert set(known.allocation.values()) == {Choice(2, 32, 0)}
+    assert set(known.allocation.values()) == {Choice("nf", 2, 32, 0)}
 
 
 def test_files_are_the_layouts(tiny: Architecture) -> None:
@@ -225,7 +260,7 @@ def test_reads_count_each_file_once(tiny: Architecture) -> None:
 
 def test_the_solved_allocation_replaces_the_estimate(tiny: Architecture) -> None:
     known = knowing(tiny)
-    solved = dict.fromkeys(known.allocation, Choice(2, 16, 4))
+    solved = dict.fromkeys(known.allocation, Choice("nf", 2, 16, 4))
     final = known.with_allocation(solved)
     assert (final.allocation_is_final, known.allocation_is_final) == (True, False)
     assert final.decomposed()["model.layers.0.self_attn.q_proj.lowrank_left"].shape == (64, 4)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from qlora_pipe.artifacts.layout import TensorSpec, file_bytes, folder_files, header, index_json, shards
+from qlora_pipe.artifacts.layout import TensorSpec, entry_bytes, file_bytes, folder_files, header, index_json, shards
 from qlora_pipe.artifacts.tensors import TensorWriter, torch_dtype_of
 
 # Wide dtypes first and names in order: how safetensors itself lays a file out.
@@ -68,3 +68,21 @@ def test_the_index_names_every_tensor_and_the_total() -> None:
         "b": "model-00002-of-00002.safetensors",
     }
     assert index["metadata"]["total_size"] == 16
+
+
+@pytest.mark.parametrize("limit", [10**9, 1])
+def test_longer_entries_are_counted_in_header_and_index(limit: int) -> None:
+    short = {f"t{n}": TensorSpec("F32", (n + 1,)) for n in range(9)}
+    long = {f"t{n}{'x' * 300}": TensorSpec("BF16", (n + 1, 123)) for n in range(9)}
+    real, most = (
+        grown(long) - grown(short)
+        for grown in (lambda layout: sum(folder_files(layout, limit).values()) - _bytes(layout), entry_bytes)
+    )
+    # Real offsets differ by their digits, 2 x 20 a tensor at most, and headers are padded to 8 bytes.
+    assert real <= most + 9 * (40 + 8)
+    # One file has no index.
+    assert real >= most // (1 if limit == 1 else 2) - 9 * 8
+
+
+def _bytes(layout: dict[str, TensorSpec]) -> int:
+    return sum(spec.nbytes for spec in layout.values())

@@ -63,7 +63,7 @@ def test_an_estimate_says_so_and_the_solved_allocation_is_exact(folder: Path) ->
     plan = plan_known(known)
     assert not plan.exact
     assert "an estimate until allocate has run" in render_plan(plan)
-    final = plan_known(known.with_allocation(dict.fromkeys(known.allocation, Choice(2, 32, 4))))
+    final = plan_known(known.with_allocation(dict.fromkeys(known.allocation, Choice("nf", 2, 32, 4))))
     assert final.exact
     assert "estimate" not in render_plan(final)
     differing = [a.name for a, b in zip(plan.stages, final.stages, strict=True) if a.files != b.files]

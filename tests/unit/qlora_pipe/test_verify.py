@@ -10,11 +10,15 @@ from torch import Tensor
 
 from qlora_pipe.artifacts.layout import TensorSpec, folder_files
 from qlora_pipe.artifacts.manifest import read_manifest
-from qlora_pipe.artifacts.store import Ticket
-from qlora_pipe.artifacts.tensors import TensorWriter
+from qlora_pipe.artifacts.store import Store, Ticket
+from qlora_pipe.artifacts.tensors import TensorWriter, dtype_code
 from qlora_pipe.errors import ArtifactError
 from qlora_pipe.known import CHAIN
 from qlora_pipe.verify import verify_path
+from quant.blockwise import quantize
+from quant.buffers import packed_buffers
+from quant.lowrank import store_factors
+from quant.storage import Choice, PackedShape
 
 Build = Callable[..., Any]
 Q0 = "model.layers.0.self_attn.q_proj"
@@ -138,6 +142,8 @@ def test_bytes_written_are_bytes_planned(run_builder: Build, planned: dict[str, 
         ("decompose", "model/model.norm.weight", put(float("nan")), "model.norm.weight holds NaN or Inf"),
         ("decompose", f"model/{DOWN1}.lowrank_left", put(float("inf")), f"{DOWN1}.lowrank_left holds NaN or Inf"),
         ("prune", f"model/{Q0}.scale_max", put(-0.5), f"{Q0}.scale_max: expected values >= 0, found -0.5"),
+        ("decompose", f"model/{Q0}.levels", lambda t: t.flip(0), f"{Q0}.levels: expected increasing levels"),
+        ("decompose", f"model/{Q0}.levels", put(float("inf")), f"{Q0}.levels holds NaN or Inf"),
         ("train", f"adapter/{Q0}.lora_A.weight", put(float("-inf")), f"{Q0}.lora_A.weight holds NaN or Inf"),
         ("compact", f"model/{Q0}.scale", put(0.0), f"{Q0}.scale: expected steps > 0, found 0"),
         ("compact", f"model/{DOWN1}.scale", put(-2.0), f"{DOWN1}.scale: expected steps > 0, found -2"),
@@ -149,6 +155,46 @@ def test_invariants_of_tensors(
     run = run_builder(tamper={f"{stage}/{tensor}": change}).build(stage)
     with pytest.raises(ArtifactError, match=message):
         verified(run)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "change", "message"),
+    [
+        ("codes", lambda t: t | 1 << 30, r"codes: expected 40 codes below 8 and zeros behind them, found others"),
+        ("zero_codes", lambda t: t | 1 << 30, r"zero_codes: expected 5 codes below 8 and zeros behind them"),
+        ("levels", lambda t: torch.arange(7.0), r"codes: expected 40 codes below 7"),
+        ("scale", lambda t: t * 0, None),
+        ("scale", lambda t: -t, None),
+    ],
+)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_codes_of_a_packed_map(
+    tmp_path: Path, tensor: str, change: Callable[[Tensor], Tensor], message: str | None, transposed: bool
+) -> None:
+    """Codes have a level each, and what pads their rows is zero; a scale may be zero or negative."""
+    choice = Choice("uint", 3, 8, 2, 16, "float16")
+    shape = PackedShape(*((24, 40) if transposed else (40, 24)), choice, transposed)
+    weight = torch.randn(24, 40, generator=torch.Generator().manual_seed(0))
+    factors = store_factors(torch.ones(24, 2), torch.ones(2, 40), choice.factor_dtype)
+    found = packed_buffers(quantize(weight, choice), factors, shape)
+
+    def lines(tensors: dict[str, Tensor]) -> list[str]:
+        layout = {f"m.{name}": TensorSpec(dtype_code(each.dtype), tuple(each.shape)) for name, each in tensors.items()}
+        store, ticket = Store(tmp_path / "run"), Ticket("decompose", 2, {"change": len(list(tmp_path.rglob("*")))}, {})
+        with store.lock(), store.writing(ticket) as out:
+            with TensorWriter(out, layout) as writer:
+                for name, each in tensors.items():
+                    writer.write(f"m.{name}", each)
+            store.commit(ticket, out, folder_files(layout))
+        return verified(tmp_path / "run" / "decompose")
+
+    assert len(lines(found)) == 1
+    changed = found | {tensor: change(found[tensor])}
+    if message is None:
+        assert len(lines(changed)) == 1
+        return
+    with pytest.raises(ArtifactError, match=message):
+        lines(changed)
 
 
 def test_factors_of_one_adapter_have_one_rank(run_builder: Build) -> None:
@@ -189,6 +235,7 @@ def change_row(**values: Any) -> Callable[[Any], Any]:
         ("allocate/allocation.json", lambda body: {}, r"expected a whole artifact, found KeyError"),
         ("score/table.json", lambda rows: rows | {Q0: [{"bytes": 0, "loss": 1.0}]}, r"expected bytes > 0"),
         ("score/table.json", lambda rows: rows | {Q0: [{"bytes": 1, "loss": float("nan")}]}, r"and a loss >= 0"),
+        ("score/table.json", lambda rows: rows | {Q0: [{"bytes": 1, "loss": 1.0}]}, r"found none of grid, bits"),
         ("prune/kept.json", lambda body: body | {"version": 9}, r"kept\.json: this release reads version 1"),
         ("recover/recovery.json", lambda body: body | {"scale": 0.75}, r"scale 0\.75 is not the best of"),
         ("recover/recovery.json", lambda body: body | {"scale": 3.0}, r"scale 3\.0 is not the best of"),
