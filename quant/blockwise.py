@@ -69,17 +69,20 @@ def block_range(weight: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
 
 
 def range_scale(low: Tensor, high: Tensor, choice: Choice) -> Tensor:
-    """The smallest non-negative scale [rows, blocks] at which no weight between `low` and `high` is clipped.
+    """The smallest scale [rows, blocks] at which no weight between `low` and `high` is clipped.
 
-    "nf" and "lloyd": the largest magnitude, for levels normalised to it. "int": the larger of ``high / (2**(bits-1)
-    - 1)`` and ``-low / 2**(bits-1)``, so the code -2**(bits-1) is used where the negative side needs it. "uint": the
-    range from min(low, 0) to max(high, 0) in 2**bits - 1 steps, so that zero stays representable.
+    "nf": the largest magnitude, for levels normalised to it. "lloyd": the weight of largest magnitude, with its sign.
+    "int": the larger of ``high / (2**(bits-1) - 1)`` and ``-low / 2**(bits-1)``, so the code -2**(bits-1) is used where
+    the negative side needs it. "uint": the range from min(low, 0) to max(high, 0) in 2**bits - 1 steps, so that zero
+    stays representable.
     """
     if choice.grid == "int":
         half = 2 ** (choice.bits - 1)
         return torch.maximum(high / (half - 1), -low / half)
     if choice.grid == "uint":
         return torch.div(high.clamp(min=0) - low.clamp(max=0), 2**choice.bits - 1)
+    if choice.signed_scales:
+        return torch.where(high >= -low, high, low)
     return torch.maximum(high.abs(), low.abs())
 
 

@@ -61,13 +61,15 @@ def levels_of(choice: Choice) -> Tensor:
 
 
 def lloyd(bits: int, block_size: int, *, samples: int = 1 << 20, seed: int = 0) -> Tensor:
-    """Lloyd codebook of Gaussian weights divided by their block's largest magnitude: fp32 [2**bits], increasing,
-    symmetric (so without a zero), on the CPU.
+    """Lloyd codebook of Gaussian weights divided by their block's weight of largest magnitude, sign included: fp32
+    [2**bits], increasing, on the CPU. Level ``2**(bits-1) - 1`` is 0 and the last is +1, both exactly.
 
     Minimises the expected squared error of a weight, that is the error of a normalised value times its block's scale
-    squared, over about `samples` draws from `seed`; Lloyd 1982, Max 1960. Computed once per process and arguments, in
-    about a second. Peak: about 60 bytes a sample. Raises QuantError for a width without codebooks, or a block size
-    that is not positive.
+    squared, over about `samples` draws from `seed`; Lloyd 1982, Max 1960; for signed block maxima see BOF4 (arXiv
+    2505.06653). The two fixed levels cost little error on Gaussian weights and are what a block with one huge weight
+    needs: it keeps that weight, and its small ones do not become a large common offset. Computed once per process and
+    arguments, in about a second. Peak: about 60 bytes a sample. Raises QuantError for a width without codebooks, or a
+    block size that is not positive.
     """
     if bits not in CODEBOOK_BITS:
         raise QuantError(f"Lloyd codebooks exist for {CODEBOOK_BITS} bits, not {bits}")
@@ -80,25 +82,13 @@ def lloyd(bits: int, block_size: int, *, samples: int = 1 << 20, seed: int = 0) 
 def _lloyd_levels(bits: int, block_size: int, samples: int, seed: int) -> tuple[float, ...]:
     generator = torch.Generator("cpu").manual_seed(seed)
     blocks = max(1, samples // block_size)
-    draws = torch.randn(blocks, block_size, dtype=torch.float64, generator=generator, device="cpu").abs_()
-    absmax = draws.amax(dim=1, keepdim=True)
-    weights = absmax.square().expand_as(draws)
-    # The density is even and so is the best codebook: fit its positive half, whose cells then end at zero.
-    values, weights = (draws / absmax).flatten(), weights.flatten()
-    positive = _iterate(values, weights, _companded(values, weights, 2 ** (bits - 1)))
-    return tuple(torch.cat([-positive.flip(0), positive]).tolist())
-
-
-def _companded(values: Tensor, weights: Tensor, count: int) -> Tensor:
-    """`count` increasing levels in [0, 1] as dense as the cube root of the values' weight there, which is optimal for
-    many levels (Panter and Dite 1951) and saves iterations that would hardly move."""
-    bins = 1024
-    weight = torch.bincount((values * bins).long().clamp_(max=bins - 1), weights, minlength=bins)
-    density = (weight / weight.sum()).pow(1 / 3) + 1e-3
-    ends = density.cumsum(0)
-    targets = (torch.arange(count, dtype=torch.float64, device="cpu") + 0.5) / count * ends[-1]
-    index = torch.searchsorted(ends, targets)
-    return (index + 1 - (ends[index] - targets) / density[index]) / bins
+    draws = torch.randn(blocks, block_size, dtype=torch.float64, generator=generator, device="cpu")
+    largest = draws.gather(1, draws.abs().argmax(dim=1, keepdim=True))
+    weights = largest.square().expand_as(draws).flatten()
+    init = normal_float(bits).double()
+    pinned = torch.zeros(len(init), dtype=torch.bool, device="cpu")
+    pinned[2 ** (bits - 1) - 1] = pinned[-1] = True
+    return tuple(_iterate((draws / largest).flatten(), weights, init, pinned).tolist())
 
 
 def lloyd_fit(values: Tensor, weights: Tensor | None, init: Tensor) -> Tensor:
@@ -132,9 +122,9 @@ def lloyd_fit(values: Tensor, weights: Tensor | None, init: Tensor) -> Tensor:
     return levels
 
 
-def _iterate(values: Tensor, weights: Tensor, levels: Tensor) -> Tensor:
-    """Lloyd iterations in float64 over 1-D values. Over sorted values a cell is a range, and its mean a
-    difference of running sums."""
+def _iterate(values: Tensor, weights: Tensor, levels: Tensor, pinned: Tensor | None = None) -> Tensor:
+    """Lloyd iterations in float64 over 1-D values; levels marked in the bool mask `pinned` stay. Over sorted values a
+    cell is a range, and its mean a difference of running sums."""
     values, order = values.sort()
     weights = weights[order]
     mass = torch.nn.functional.pad(weights.cumsum(0), (1, 0))
@@ -145,6 +135,8 @@ def _iterate(values: Tensor, weights: Tensor, levels: Tensor) -> Tensor:
         bounds = torch.cat([ends[:1], inner, ends[1:]])
         cell, total = mass[bounds].diff(), moment[bounds].diff()
         means = torch.where(cell > 0, total / torch.where(cell > 0, cell, 1.0), levels)
+        if pinned is not None:
+            means = torch.where(pinned, levels, means)
         moved = (means - levels).abs().amax()
         levels = means
         if float(moved) <= _SETTLED:

@@ -1,48 +1,129 @@
 """Error tables: what each choice would cost in quality, for the allocator."""
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from quant.decompose import decompose
+from quant.blockwise import quantize, rebuild
+from quant.decompose import PLAIN, decompose
 from quant.exceptions import QuantError
-from quant.lowrank import svd_lowrank
+from quant.lowrank import dequantize_factors, store_factors
+from quant.metric import Metric
+from quant.rounding import Feedback
 from quant.storage import Choice
 
 
+@dataclass(frozen=True)
+class Sample:
+    """Which outputs of a matrix stand for all of it.
+
+    rows: int64, the outputs, in whole strips of block sizes; weight: fp32 [rows], how many outputs each stands for.
+    """
+
+    rows: Tensor
+    weight: Tensor
+
+
+@torch.no_grad()
+def sample_outputs(weight: Tensor, metric: Metric, strip: int, count: int, generator: torch.Generator) -> Sample:
+    """About `count` outputs of `weight` [m, n], in strips of `strip` neighbours: every block of the table's choices must
+    divide a strip. Half of them are the strips that hold most of the weight's loss (one output with a huge weight can
+    be most of a matrix's error), the others are drawn from the rest and stand for it. All outputs if m <= count.
+    """
+    m = weight.shape[0]
+    if strip < 1 or m % strip:
+        raise QuantError(f"{m} outputs do not split into strips of {strip}")
+    strips, wanted = m // strip, -(-count // strip)
+    if wanted >= strips:
+        return Sample(torch.arange(m, device=weight.device), weight.new_ones(m))
+    energy = weight.square().sum(dim=1)
+    if metric.outputs is not None:
+        energy = energy * metric.outputs.square()
+    heavy = energy.view(strips, strip).amax(dim=1).argsort(descending=True, stable=True)
+    certain = heavy[: wanted // 2]
+    rest = heavy[wanted // 2 :]
+    drawn = torch.randperm(len(rest), generator=generator, device=generator.device)[: wanted - len(certain)]
+    chosen = torch.cat([certain, rest[drawn.to(rest.device)]])
+    stands_for = torch.cat([weight.new_ones(len(certain)), weight.new_full((len(drawn),), len(rest) / len(drawn))])
+    rows = (chosen[:, None] * strip + torch.arange(strip, device=weight.device)).flatten()
+    return Sample(rows, stands_for.repeat_interleave(strip))
+
+
+@torch.no_grad()
 def error_table(
     weight: Tensor,
     choices: Sequence[Choice],
     *,
-    generator_seed: int,
-    row_weight: Tensor | None = None,
-    column_weight: Tensor | None = None,
-    iterations: int = 1,
+    generator: torch.Generator,
+    metric: Metric = PLAIN,
+    passing: dict[int | None, Feedback] | None = None,
+    transposed: bool = False,
+    outputs: int | None = None,
 ) -> list[float]:
-    """Loss of every one of `choices` on fp32 `weight` [rows, columns], in order.
+    """Estimated loss of every one of `choices` on fp32 `weight` [out, in], in order.
 
-    Losses are those of `decompose` stopped after `iterations`, weighted alike. The first factorisation, by
-    far the dearest step, is computed once at the largest rank and cut for the others: its directions are
-    sorted. Later iterations start from a generator seeded with `generator_seed` for each choice, so an entry
-    depends on the other choices only through the largest rank. Peak: that of `decompose` plus the first
-    factors. Raises as `decompose`, and QuantError for iterations < 1.
+    One factorisation serves all: it is made at the largest rank and cut for the others, since its directions are
+    sorted, and its remainder is rounded to the nearest codes once for each choice, on a sample of about `outputs`
+    outputs (None: all). With `passing` (by the columns that stay together, as `feedback` takes them) the squared errors
+    of a column are counted as `Feedback.column_cost` says: that is the loss of compensated rounding, but for the
+    correction of later columns, which does not change the size of their errors much. `full_table` is what it
+    estimates. Peak: four fp32 copies of `weight`. Raises as `decompose`.
     """
-    if iterations < 1:
-        raise QuantError(f"iterations must be positive, got {iterations}")
     largest = max((choice.rank for choice in choices), default=0)
-    generator = torch.Generator().manual_seed(generator_seed)
-    left, right = svd_lowrank(weight, largest, generator=generator, row_weight=row_weight, column_weight=column_weight)
+    left, right = metric.fit(weight, largest, generator)
+    strip = math.lcm(*(choice.block_size for choice in choices)) if transposed and choices else 1
+    sample = sample_outputs(weight, metric, strip, outputs or weight.shape[0], generator)
+    rows = sample.weight if metric.outputs is None else sample.weight * metric.outputs[sample.rows].square()
+    remainders: dict[tuple[int, str], Tensor] = {}
+    found = []
+    for choice in choices:
+        key = choice.rank, choice.factor_dtype
+        if key not in remainders:
+            stored = store_factors(left[:, : choice.rank], right[: choice.rank], choice.factor_dtype)
+            first, second = dequantize_factors(*stored)
+            remainders[key] = weight[sample.rows] - first[sample.rows] @ second
+        remainder = remainders[key]
+        error = remainder - _nearest(remainder, choice, transposed)
+        if passing is None:
+            found.append(Metric(rows.sqrt(), metric.inputs, metric.covariance).loss(error))
+        else:
+            cost = passing[None if transposed else choice.block_size].column_cost
+            found.append(float(rows.double() @ (error.double().square() @ cost.double())))
+    return found
+
+
+def full_table(
+    weight: Tensor,
+    choices: Sequence[Choice],
+    *,
+    generator_seed: int,
+    metric: Metric = PLAIN,
+    passing: dict[int | None, Feedback] | None = None,
+    transposed: bool = False,
+    max_iterations: int = 20,
+    patience: int | None = 2,
+) -> list[float]:
+    """Loss of every one of `choices` after the whole decomposition, in order: LQ-LoRA's table (arXiv 2311.12023,
+    section 3.2) with patience None. Each starts from a generator seeded alike. Peak and errors: those of `decompose`."""
     return [
         decompose(
             weight,
             choice,
             generator=torch.Generator().manual_seed(generator_seed),
-            row_weight=row_weight,
-            column_weight=column_weight,
-            max_iterations=iterations,
-            patience=iterations,
-            first=(left[:, : choice.rank], right[: choice.rank]),
+            metric=metric,
+            passing=None if passing is None else passing[None if transposed else choice.block_size],
+            transposed=transposed,
+            max_iterations=max_iterations,
+            patience=patience,
         ).loss
         for choice in choices
     ]
+
+
+def _nearest(matrix: Tensor, choice: Choice, transposed: bool) -> Tensor:
+    stored = matrix.T.contiguous() if transposed else matrix
+    rounded = rebuild(quantize(stored, choice), choice)
+    return rounded.T if transposed else rounded

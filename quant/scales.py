@@ -43,7 +43,8 @@ def quantize_scales(scale: Tensor, choice: Choice) -> StoredScales:
     """Store fp32 `scale` [rows, blocks] as `choice` says.
 
     Double quantisation is LQ-LoRA's (arXiv 2311.12023): offset = the smallest scale, then unsigned integers times
-    the superblock's maximum. A superblock whose scales are equal to within 2**-24 gets code 0.
+    the superblock's maximum. A superblock whose scales are equal to within 2**-24 gets code 0. On a grid with signed
+    scales ("lloyd") that is done to magnitudes with one bit less, and the top bit of a code is the sign.
 
     Raises ShapeError when superblocks would be ragged, QuantError for another dtype, NonFiniteError for NaN or
     infinity or scales that scale_dtype cannot hold.
@@ -56,8 +57,9 @@ def quantize_scales(scale: Tensor, choice: Choice) -> StoredScales:
     if choice.direct:
         return StoredScales(_held(scale, dtype))
     superblocks = choice.superblocks(len(scale), scale.shape[1] * choice.block_size)
-    offset = scale.amin().view(1)
-    maximum = _held((scale - offset).view(superblocks, -1).amax(dim=1), dtype)
+    magnitude = scale.abs()
+    offset = magnitude.amin().view(1)
+    maximum = _held((magnitude - offset).view(superblocks, -1).amax(dim=1), dtype)
     second_level = StoredScales(scale, maximum, offset)
     return StoredScales(encode_scale(scale, second_level, choice), maximum, offset)
 
@@ -69,9 +71,10 @@ def encode_scale(scale: Tensor, stored: StoredScales, choice: Choice, blocks: sl
         return scale.to(stored.values.dtype)
     maximum = _spread(stored, stored.maximum, blocks)
     maximum = torch.where(maximum > _SMALLEST_SCALE_MAX, maximum, float("inf"))
-    largest = 2**choice.scale_bits - 1
-    codes: Tensor = (scale - stored.offset) * largest / maximum
-    return codes.round_().clamp_(0, largest).to(torch.uint8)
+    largest = _largest(choice)
+    magnitude: Tensor = (scale.abs() - stored.offset) * largest / maximum
+    codes = magnitude.round_().clamp_(0, largest).to(torch.uint8)
+    return codes + (scale < 0).to(torch.uint8) * (largest + 1) if choice.signed_scales else codes
 
 
 def decode_scale(values: Tensor, stored: StoredScales, choice: Choice, blocks: slice = ALL_BLOCKS) -> Tensor:
@@ -81,8 +84,9 @@ def decode_scale(values: Tensor, stored: StoredScales, choice: Choice, blocks: s
     """
     if stored.maximum is None or stored.offset is None:
         return values.float()
-    largest = 2.0**choice.scale_bits - 1
-    return values.float() * _spread(stored, stored.maximum, blocks) / largest + stored.offset
+    largest = _largest(choice)
+    magnitude = (values & largest).float() * _spread(stored, stored.maximum, blocks) / largest + stored.offset
+    return torch.where(values > largest, -magnitude, magnitude) if choice.signed_scales else magnitude
 
 
 def scales(stored: StoredScales, choice: Choice) -> Tensor:
@@ -95,6 +99,11 @@ def scales(stored: StoredScales, choice: Choice) -> Tensor:
         found = f"{[rows, blocks]} do not fit {list(stored.maximum.shape)} maxima of {choice.name}"
         raise ShapeError(f"scale codes {found}")
     return decode_scale(stored.values, stored, choice)
+
+
+def _largest(choice: Choice) -> int:
+    """The largest magnitude of a scale code."""
+    return int(2 ** (choice.scale_bits - choice.signed_scales)) - 1
 
 
 def _held(values: Tensor, dtype: torch.dtype) -> Tensor:

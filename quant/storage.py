@@ -74,6 +74,11 @@ class Choice:
         return self.scale_bits in DIRECT_SCALE_DTYPES
 
     @property
+    def signed_scales(self) -> bool:
+        """Whether a block's scale has the sign of its largest weight."""
+        return self.grid == "lloyd"
+
+    @property
     def name(self) -> str:
         """Short and unique, such as ``nf3-b64-r0`` or ``int4-b128-r16-s16-float16``: defaults are left out."""
         parts = [f"{self.grid}{self.bits}", f"b{self.block_size}", f"r{self.rank}"]

@@ -1,0 +1,182 @@
+"""Error-compensated rounding of a matrix onto any grid: what one column loses, later columns make up for.
+
+Source: GPTQ (arXiv 2210.17323), equations 2 and 3, in the Cholesky form of its section 3.3; here onto codebooks as well
+as integers, along either axis of the stored blocks, most important columns first.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quant.blockwise import (
+    BlockQuantized,
+    block_range,
+    dequantize,
+    encode_block,
+    range_scale,
+    zero_codes,
+)
+from quant.codebook import levels_of
+from quant.exceptions import NonFiniteError, QuantError, ShapeError
+from quant.scales import StoredScales, decode_scale, encode_scale, quantize_scales
+from quant.storage import Choice
+
+# Columns whose corrections are applied one by one; the rest of the matrix gets them in one product afterwards.
+_LAZY = 128
+
+# Scales grow while corrections accumulate: room above the largest first-level scale of a row.
+_HEADROOM = 1.25
+
+
+@dataclass(frozen=True)
+class Feedback:
+    """The order in which columns are rounded and how the error of each is passed on, for one input covariance.
+
+    order: int64 [n], columns most important first; block: columns that stay together, or None. root: fp32 [n, n], upper
+    Cholesky factor of the inverse of the damped covariance in that order.
+    """
+
+    order: Tensor
+    root: Tensor
+    block: int | None
+
+    @property
+    def column_cost(self) -> Tensor:
+        """fp32 [n]: what a squared rounding error of each column (in the matrix's own order) costs once all later
+        columns have made up for it: 1 / root_jj^2. Their weighted sum is the loss of GPTQ rounding exactly."""
+        cost = torch.empty_like(self.root[0])
+        cost[self.order] = self.root.diagonal().square().reciprocal()
+        return cost
+
+
+@torch.no_grad()
+def feedback(covariance: Tensor, block: int | None, damping: float = 0.01) -> Feedback:
+    """Prepare rounding under `covariance` fp32 [n, n], damped by `damping` times its mean diagonal.
+
+    `block`: consecutive columns that share a scale and so must be rounded together; they are ordered by their mean
+    diagonal, columns inside a block by their own. None: every column on its own. Dead inputs (zero diagonal) come last
+    and pass nothing on. Factorised in float64: a tenth of the diagonals of real covariances are lost in fp32. Peak: 24
+    bytes an entry of `covariance`. Raises ShapeError when it is not square or blocks would be ragged, NonFiniteError
+    for NaN or infinity, QuantError when it is not positive definite even damped.
+    """
+    n = covariance.shape[0]
+    if covariance.shape != (n, n) or (block is not None and n % block):
+        raise ShapeError(f"covariance must be [n, n] with n a multiple of {block or 1}, got {list(covariance.shape)}")
+    if not bool(torch.isfinite(covariance).all()):
+        raise NonFiniteError("covariance holds NaN or infinity")
+    diagonal = covariance.diagonal().double()
+    order = _order(diagonal, block)
+    damped = covariance[order][:, order].double()
+    mean = float(diagonal.mean())
+    damped.diagonal().add_(damping * mean if mean > 0 else 1.0)
+    factor, failed = torch.linalg.cholesky_ex(damped)
+    if int(failed):
+        raise QuantError("covariance is not positive definite; raise the damping or calibrate on more tokens")
+    inverse = torch.cholesky_inverse(factor)
+    return Feedback(order, torch.linalg.cholesky(inverse, upper=True).float(), block)
+
+
+@torch.no_grad()
+def quantize_compensated(
+    weight: Tensor, choice: Choice, passing: Feedback, *, transposed: bool = False, levels: Tensor | None = None
+) -> BlockQuantized:
+    """Quantise fp32 `weight` [out, in] so that ``tr(E H E^T)`` is small, H the covariance behind `passing`.
+
+    The result is of the stored orientation: [out, in], or [in, out] if `transposed`, blocks along its rows. Blocks'
+    scales are set when their turn comes, from weights that carry all earlier corrections, within second-level
+    parameters fixed at the start with some headroom. Not transposed, `passing.block` must be the block size. Peak: three
+    fp32 copies of `weight` beside it and one byte a weight. Raises ShapeError, QuantError, NonFiniteError as `quantize`.
+    """
+    expected = None if transposed else choice.block_size
+    if passing.block != expected:
+        raise ShapeError(f"rounding order keeps blocks of {passing.block} together, expected {expected}")
+    if passing.order.shape != (weight.shape[1],):
+        raise ShapeError(f"covariance of {len(passing.order)} inputs does not fit {list(weight.shape)}")
+    levels = (levels_of(choice) if levels is None else levels).to(weight.device)
+    rounder = _Rounder(weight.T.contiguous() if transposed else weight, choice, levels)
+    columns = weight[:, passing.order].T.contiguous()  # [in, out]: a column to round is a contiguous row
+    span = choice.block_size if not transposed else _LAZY
+    for start in range(0, len(columns), span):
+        part = slice(start, start + span)
+        chosen, root = passing.order[part], passing.root[part, part]
+        values, errors = columns[part], torch.empty_like(columns[part])
+        if not transposed:
+            rounder.fix_scales(values.T, int(chosen.min()) // choice.block_size)
+        for index, column in enumerate(chosen.tolist()):
+            found = rounder.row(values[index], column) if transposed else rounder.column(values[index], column)
+            errors[index] = (values[index] - found) / root[index, index]
+            values[index + 1 :].addr_(root[index, index + 1 :], errors[index], alpha=-1)
+        columns[start + span :].addmm_(passing.root[part, start + span :].T, errors, alpha=-1)
+    return rounder.result()
+
+
+class _Rounder:
+    """Codes and scales of a stored matrix, filled in any order."""
+
+    def __init__(self, stored_weight: Tensor, choice: Choice, levels: Tensor) -> None:
+        low, high = block_range(stored_weight, choice.block_size)
+        if not bool(torch.isfinite(low).all() and torch.isfinite(high).all()):
+            raise NonFiniteError("weight holds NaN or infinity")
+        self.choice, self.levels = choice, levels
+        self.stored = quantize_scales(_HEADROOM * range_scale(low, high, choice), choice)
+        if self.stored.offset is not None:
+            # The smallest scale, as it is: blocks at or below it are frequent in sparse rows.
+            self.stored = StoredScales(self.stored.values, self.stored.maximum, self.stored.offset / _HEADROOM)
+        self.codes = torch.empty(stored_weight.shape, dtype=torch.uint8, device=stored_weight.device)
+        self.zero = torch.empty_like(low, dtype=torch.uint8) if choice.grid == "uint" else None
+        self._scale = low  # of the block being rounded
+
+    def fix_scales(self, values: Tensor, block: int) -> None:
+        """Scales [rows, 1] of one block of columns, from its weights [rows, block_size] as they are now."""
+        low, high = values.amin(dim=1, keepdim=True), values.amax(dim=1, keepdim=True)
+        place = slice(block, block + 1)
+        coded = encode_scale(range_scale(low, high, self.choice), self.stored, self.choice, place)
+        self.stored.values[:, place] = coded
+        self._scale = decode_scale(coded, self.stored, self.choice, place)
+        if self.zero is not None:
+            self.zero[:, place] = zero_codes(low, self._scale, self.choice.bits)
+
+    def column(self, values: Tensor, column: int) -> Tensor:
+        """Round one column [rows] of the block whose scales are fixed; what is stored for it, fp32 [rows]."""
+        place = column // self.choice.block_size
+        zero = None if self.zero is None else self.zero[:, place : place + 1]
+        codes = encode_block(values[:, None], self._scale, self.levels, zero)
+        self.codes[:, column] = codes[:, 0]
+        return dequantize(codes, self._scale, self.levels, zero)[:, 0]
+
+    def row(self, values: Tensor, row: int) -> Tensor:
+        """Round one stored row [columns], blocks along it; what is stored for it, fp32 [columns]."""
+        low, high = block_range(values[None], self.choice.block_size)
+        stored = self._row_scales(row)
+        coded = encode_scale(range_scale(low, high, self.choice), stored, self.choice)
+        scale = decode_scale(coded, stored, self.choice)
+        zero = None if self.zero is None else zero_codes(low, scale, self.choice.bits)
+        codes = encode_block(values[None], scale, self.levels, zero)
+        self.codes[row], self.stored.values[row] = codes[0], coded[0]
+        if self.zero is not None and zero is not None:
+            self.zero[row] = zero[0]
+        return dequantize(codes, scale, self.levels, zero)[0]
+
+    def _row_scales(self, row: int) -> StoredScales:
+        """The second level of one row, as if the row were the matrix."""
+        place = slice(row, row + 1)
+        if self.stored.maximum is None:
+            return StoredScales(self.stored.values[place])
+        if self.choice.superblock is None:
+            return StoredScales(self.stored.values[place], self.stored.maximum[place], self.stored.offset)
+        per_row = self.stored.values.shape[1]
+        maxima = self.stored.maximum.repeat_interleave(self.choice.superblock)[row * per_row : (row + 1) * per_row]
+        return StoredScales(self.stored.values[place], maxima, self.stored.offset)
+
+    def result(self) -> BlockQuantized:
+        return BlockQuantized(self.codes, self.levels, self.stored, self.zero)
+
+
+def _order(diagonal: Tensor, block: int | None) -> Tensor:
+    if block is None:
+        return diagonal.argsort(descending=True, stable=True)
+    blocks = diagonal.view(-1, block)
+    inside = blocks.argsort(dim=1, descending=True, stable=True)
+    first = blocks.mean(dim=1).argsort(descending=True, stable=True)
+    return (inside + torch.arange(len(blocks), device=diagonal.device)[:, None] * block)[first].flatten()
