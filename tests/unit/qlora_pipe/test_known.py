@@ -151,7 +151,7 @@ def test_the_estimate_below_the_minimum_is_the_minimum(tiny: Architecture) -> No
 
 def test_files_are_the_layouts(tiny: Architecture) -> None:
     known = knowing(tiny)
-    assert known.files("calibrate") == {"moments.safetensors": file_bytes(layouts.moments(tiny))}
+    assert known.files("calibrate") == {"moments.safetensors": file_bytes(known.moments())}
     assert known.files("decompose") == {"model.safetensors": file_bytes(known.decomposed())}
     assert known.files("prune") == {"model.safetensors": file_bytes(known.pruned())}
     assert known.files("train") == {"adapter.safetensors": file_bytes(known.adapter())}
@@ -183,7 +183,7 @@ def test_what_is_switched_off_is_not_planned(tiny: Architecture) -> None:
 def test_tensor_counts_are_those_of_the_layouts(tiny: Architecture) -> None:
     known = knowing(tiny)
     expected = {
-        "calibrate": len(layouts.moments(tiny)),
+        "calibrate": len(known.moments()),
         "decompose": len(known.decomposed()),
         "prune": len(known.pruned()),
         "train": len(known.adapter()),
