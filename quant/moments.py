@@ -9,7 +9,7 @@ from quant.exceptions import NonFiniteError, QuantError, ShapeError
 
 # Tokens squared at once: bounds the float64 temporary to 2 KB a feature.
 _CHUNK = 256
-# Tokens of one fp32 product, and rows of the covariance it fills: bound the temporaries to 8 KB a feature.
+# Tokens of one fp32 product, and rows of the covariance it fills: bound the temporaries to 12 KB a feature.
 _PRODUCT = 1024
 _PANEL = 1024
 
@@ -84,7 +84,7 @@ class Covariance:
     the token's two sides left dependent); with w_t = 1, H is the plain second moment of GPTQ (arXiv 2210.17323).
     Products are fp32, of 1,024 tokens at a time, and their sum is float64.
 
-    Peak bytes: 8 n^2 for the sum, and 8 KB a feature for products and scaled tokens. Attributes: total fp64 [n, n],
+    Peak bytes: 8 n^2 for the sum, and 12 KB a feature for products and scaled tokens. Attributes: total fp64 [n, n],
     whose lower triangle counts; weight, the sum of w_t; largest, the greatest w_t ||x_t||^2.
     """
 
@@ -194,7 +194,7 @@ def pack_triangle(matrix: Tensor, scale: float = 1.0) -> Tensor:
 def unpack_triangle(packed: Tensor) -> Tensor:
     """The symmetric matrix of a packed lower triangle [n (n + 1) / 2]: [n, n] in its dtype.
 
-    Raises ShapeError for a length that is no triangle's. Peak bytes: three times the result's.
+    Raises ShapeError for a length that is no triangle's. Peak bytes: twice the result's.
     """
     n = (math.isqrt(8 * packed.numel() + 1) - 1) // 2
     if packed.dim() != 1 or triangle_size(n) != packed.numel():
