@@ -60,6 +60,11 @@ def test_merging_is_seeing_all_tokens():
     torch.testing.assert_close(part.mean(), whole.mean(), rtol=1e-14, atol=0)
     assert part.weight == pytest.approx(whole.weight, rel=1e-14)
     assert part.top_share() == pytest.approx(whole.top_share(), rel=1e-14)
+    for order in ([0, 1, 2], [2, 1, 0]):
+        part = Covariance(FEATURES)
+        for number in order:
+            part.merge(_covariance(inputs[number : number + 1], weights[number : number + 1]))
+        assert part.top_share() == pytest.approx(whole.top_share(), rel=1e-14)
     with pytest.raises(ShapeError, match="6 and 5 features"):
         part.merge(Covariance(5))
 

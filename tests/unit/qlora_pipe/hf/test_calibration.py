@@ -123,6 +123,18 @@ def test_one_layer_lives_at_a_time_however_deep_the_model(layers: int, tmp_path:
     assert set(live.loads.values()) == {3}
 
 
+@pytest.mark.parametrize(("tokens", "loads"), [(1, 6), (40, 6), (41, 4), (10_000, 2)])
+def test_layers_are_loaded_once_more_for_every_group_of_batches(
+    tokens: int, loads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    live = LiveWeights(TinyFolder(save_tiny_model(tmp_path)))
+    stream = live.stream()
+    assert [batch.tokens.stop for batch in batches_of(ROWS, "cpu")] == [69, 97, 110]
+    monkeypatch.setattr(qlora_pipe.hf.calibration, "BOUNDARY_BYTES", tokens * 4 * 64 * 3)
+    sweep_gradients(stream, ROWS, tmp_path)
+    assert set(live.loads.values()) == {loads}
+
+
 def test_covariances_of_one_layer_live_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     alive: weakref.WeakSet[Covariance] = weakref.WeakSet()
     counts = []

@@ -26,6 +26,7 @@ def test_layers_in_turn_are_the_model_bit_for_bit(family: str, tmp_path: Path) -
         for index in range(len(stream)):
             with stream.layer(index) as layer:
                 assert not layer.training
+                assert layer.self_attn.layer_idx == index
                 hidden = layer(hidden, **start.arguments[index])
         assert len(stream) == 8
         assert torch.equal(stream.loss(hidden, BATCH), summed_loss(model, BATCH))
