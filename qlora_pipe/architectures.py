@@ -15,6 +15,16 @@ MODULE = {role: f"self_attn.{role}_proj" for role in "qkvo"} | {
 }
 """Path of each linear map inside a layer."""
 
+SITE = dict.fromkeys("qkv", "attention_input") | {
+    "o": "attention_output",
+    "gate": "ffn_input",
+    "up": "ffn_input",
+    "down": "ffn_hidden",
+}
+"""Which of a layer's distinct inputs each linear map reads."""
+
+SITES = tuple(dict.fromkeys(SITE.values()))
+
 EMBEDDING, HEAD, FINAL_NORM = "model.embed_tokens", "lm_head", "model.norm"
 _IGNORED = ("rotary_emb.inv_freq",)
 _MOST_LAYERS = 10_000
@@ -75,6 +85,10 @@ class Architecture:
             for role in ROLES:
                 yield layer, role, linear_name(layer, role)
 
+    def linear_shapes(self) -> dict[str, tuple[int, int]]:
+        """(out, in) of every linear map of the blocks, by module name."""
+        return {name: shape_of(role, self.layers[layer]) for layer, role, name in self.linears()}
+
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every tensor of the dense checkpoint."""
         found: dict[str, tuple[int, ...]] = {f"{EMBEDDING}.weight": (self.vocab, self.hidden)}
@@ -100,6 +114,10 @@ class Architecture:
         inside = {f"{name}.{kind}" for _, _, name in self.linears() for kind in ("weight", "bias")}
         return {name: shape for name, shape in self.tensors().items() if name not in inside}
 
+    def site_width(self, layer: int, site: str) -> int:
+        """Features of one of a layer's distinct inputs."""
+        return shape_of(next(role for role in ROLES if SITE[role] == site), self.layers[layer])[1]
+
     def linear_weights(self) -> int:
         """Number of weights of the block linears, what `bits per weight` is divided by."""
         sizes = (shape_of(role, shape) for shape in self.layers for role in ROLES)
@@ -109,6 +127,11 @@ class Architecture:
 def linear_name(layer: int, role: str) -> str:
     """Full module name of a linear map, as in the checkpoint."""
     return f"model.layers.{layer}.{MODULE[role]}"
+
+
+def covariance_name(layer: int, site: str) -> str:
+    """Name of the stored covariance of one of a layer's distinct inputs."""
+    return f"model.layers.{layer}.{site}.covariance"
 
 
 def from_config(config: Mapping[str, Any]) -> Architecture:

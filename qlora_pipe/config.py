@@ -94,10 +94,14 @@ class Memory(Section):
 
 
 class Calibrate(Section):
-    """One forward and backward pass over generic text: second moments of inputs and output gradients."""
+    """Passes over generic text, layer by layer: second moments of inputs and output gradients."""
 
-    sequences: Positive = Field(8, description="calibration sequences")
-    length: Positive = Field(512, description="tokens per calibration sequence")
+    sequences: Positive = Field(32, description="calibration sequences")
+    length: Positive = Field(1024, description="tokens per calibration sequence")
+    covariance: bool = Field(True, description="also the full covariance of every input; false: mean squares alone")
+    weighting: Literal["gradient", "none"] = Field(
+        "gradient", description="weight of a token in the covariance: its squared output gradients, or 1"
+    )
 
 
 class Decompose(Section):

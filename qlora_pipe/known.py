@@ -65,6 +65,9 @@ class Known:
     def with_allocation(self, allocation: Allocation) -> "Known":
         return replace(self, allocation=allocation, allocation_is_final=True)
 
+    def moments(self) -> layouts.Tensors:
+        return layouts.moments(self.architecture, self.config.calibrate)
+
     def decomposed(self) -> layouts.Tensors:
         return layouts.decomposed(self.architecture, self.dtypes, self.allocation)
 
@@ -102,7 +105,7 @@ class Known:
         """Layout of every set of weights a stage writes, by path in its artifact without the ending."""
         config = self.config
         if stage == "calibrate":
-            return {"moments": layouts.moments(self.architecture)}
+            return {"moments": self.moments()}
         if stage == "decompose":
             return {"model": self.decomposed()}
         if stage == "prune":

@@ -6,22 +6,29 @@ from dataclasses import replace
 from prune.counting import kept_count
 from prune.exceptions import RatioError
 from prune.groups import PRUNED_AXIS, ROLES, shape_of
-from qlora_pipe.architectures import Architecture, linear_name
+from qlora_pipe.architectures import SITES, Architecture, covariance_name, linear_name
 from qlora_pipe.artifacts.layout import DTYPE_BYTES, DTYPE_CODE, TensorSpec
-from qlora_pipe.config import Compact, Prune
+from qlora_pipe.config import Calibrate, Compact, Prune
 from qlora_pipe.errors import ConfigError
 from quant.storage import Choice, PackedShape, packed_columns
 
 Tensors = dict[str, TensorSpec]
 
 
-def moments(architecture: Architecture) -> Tensors:
-    """Per linear map: mean square of its inputs [in] and of its output gradients [out]."""
+def moments(architecture: Architecture, settings: Calibrate) -> Tensors:
+    """Per linear map: mean square of its inputs [in] and of its output gradients [out]; per distinct input: the lower
+    triangle of its covariance.
+    """
     found: Tensors = {}
     for layer, role, name in architecture.linears():
         rows, columns = shape_of(role, architecture.layers[layer])
         found[f"{name}.input"] = TensorSpec("F32", (columns,))
         found[f"{name}.gradient"] = TensorSpec("F32", (rows,))
+    if settings.covariance:
+        for layer in range(len(architecture.layers)):
+            for site in SITES:
+                width = architecture.site_width(layer, site)
+                found[covariance_name(layer, site)] = TensorSpec("F32", (width * (width + 1) // 2,))
     return found
 
 

@@ -7,9 +7,8 @@ Each figure is a sum of parts with a name: the libraries, weights that stay, wha
 import math
 from dataclasses import dataclass
 
-from prune.groups import shape_of
 from qlora_pipe import layouts
-from qlora_pipe.architectures import EMBEDDING, Architecture
+from qlora_pipe.architectures import EMBEDDING, SITES, Architecture
 from qlora_pipe.config import Optimisation
 from qlora_pipe.known import Known
 
@@ -21,6 +20,12 @@ EVALUATION_TOKENS = 2048
 
 HEAD_ROWS = 256
 """Positions whose logits exist at one time."""
+
+CALIBRATION_TOKENS = 2048
+"""Tokens that go through a layer together in a calibration sweep; one row, if it is longer."""
+
+BOUNDARY_BYTES = 4 * 10**9
+"""Disk for the hidden states that the gradient sweep keeps at every layer of a group of batches."""
 
 ALLOCATOR = 1.9
 """What the host's allocator holds for each byte that autograd keeps: freed blocks of other sizes in between.
@@ -61,8 +66,7 @@ def _work(stage: str, known: Known) -> _Work:
         # The GGUF loader's model and the clean one that is saved exist together.
         return _Work(0, 2 * _FLOAT * _parameters(full) if known.converts else 0)
     if stage == "calibrate":
-        length = config.calibrate.length
-        return _Work(_dense(known, full) + _kept(full, length, known) + _head(known, length), stream)
+        return _Work(_calibration(known), stream)
     if stage in ("score", "decompose", "prune"):
         return _Work(0, matrix if stage == "score" else max(matrix, stream))
     if stage == "train":
@@ -78,10 +82,29 @@ def _work(stage: str, known: Known) -> _Work:
     return _Work(0, stream if stage == "export" else 0)
 
 
+def _calibration(known: Known) -> int:
+    """Embedding, head and one layer; in the first sweep what autograd keeps of that layer, in the second its
+    covariances in float64. Norms of gradients stay: 4 bytes for each token and distinct input.
+    """
+    full, settings = known.architecture, known.config.calibrate
+    width = _width(known)
+    outer = sum(math.prod(shape) for name, shape in full.tensors().items() if not name.startswith("model.layers."))
+    layer = (_parameters(full) - outer) // len(full.layers)
+    tokens = min(max(CALIBRATION_TOKENS, settings.length), settings.sequences * settings.length)
+    norms = _FLOAT * settings.sequences * settings.length * len(full.layers) * len(SITES)
+    sums = sum(8 * full.site_width(0, site) ** 2 for site in SITES) if settings.covariance else 0
+    backward = max(_kept(full, tokens, known) // len(full.layers), _head(known, tokens))
+    return width * (outer + 2 * layer) + norms + max(backward, _passing(full, tokens) + sums)
+
+
 def _dense(known: Known, architecture: Architecture) -> int:
     """A model in the compute dtype."""
-    width = 2 if known.config.dtype == "bfloat16" else _FLOAT
-    return width * _parameters(architecture)
+    return _width(known) * _parameters(architecture)
+
+
+def _width(known: Known) -> int:
+    """Bytes of a number in the compute dtype."""
+    return 2 if known.config.dtype == "bfloat16" else _FLOAT
 
 
 def _parameters(architecture: Architecture) -> int:
@@ -135,6 +158,4 @@ def _largest_tensor(architecture: Architecture) -> int:
 
 
 def _largest_matrix(architecture: Architecture) -> int:
-    return _FLOAT * max(
-        math.prod(shape_of(role, architecture.layers[layer])) for layer, role, _ in architecture.linears()
-    )
+    return _FLOAT * max(math.prod(shape) for shape in architecture.linear_shapes().values())

@@ -151,3 +151,10 @@ def root_mean_square(batches: list[Tensor]) -> Tensor:
     """Root mean square over all leading dimensions of all batches, float64 [features]."""
     tokens = torch.cat([batch.double().reshape(-1, batch.shape[-1]) for batch in batches])
     return tokens.square().mean(dim=0).sqrt()
+
+
+def covariance(batches: list[Tensor], weights: list[Tensor]) -> Tensor:
+    """Weighted mean of x x^T over all tokens of all batches, float64 [n, n]."""
+    tokens = torch.cat([batch.double().reshape(-1, batch.shape[-1]) for batch in batches])
+    weight = torch.cat([part.double().reshape(-1) for part in weights])
+    return torch.einsum("t,ti,tj->ij", weight, tokens, tokens) / weight.sum()

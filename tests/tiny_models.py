@@ -1,5 +1,8 @@
 """Tiny models in memory, through the same doors as the stages: dense, packed and L4Q linear maps."""
 
+import math
+import weakref
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +13,7 @@ from torch import Tensor, nn
 
 from qlora_pipe.architectures import Architecture, from_config
 from qlora_pipe.artifacts.tensors import TensorReader
+from qlora_pipe.hf.layers import LayerStream
 from qlora_pipe.hf.model import Model, build, dense_linear, load_config
 from qlora_pipe.hf.tokens import IGNORED, Row
 from qlora_pipe.layouts import packed_shape
@@ -40,6 +44,16 @@ class TinyFolder:
 
     def dense(self) -> Model:
         return self.build(lambda layer, role, name: dense_linear(*self.weight(role, name)))
+
+    def stream(self) -> LayerStream:
+        """The same, a layer at a time."""
+        return LayerStream(
+            self.config,
+            self.architecture,
+            lambda layer, role, name: dense_linear(*self.weight(role, name)),
+            self.reader.read_float,
+            device="cpu",
+        )
 
     def packed(self, rank: int = 4) -> Model:
         """Q + L1 L2 with an adapter to train on every linear map."""
@@ -78,6 +92,33 @@ class TinyFolder:
                 for parameter in (module.lora_a, module.lora_b, module.scale):
                     parameter.requires_grad_()
         return model
+
+
+class LiveWeights:
+    """Which decoder layers of a tiny model hold weights now, and at most at any load; and how often each was loaded."""
+
+    def __init__(self, tiny: TinyFolder) -> None:
+        self.tiny, self.most, self.loads = tiny, 0, Counter[int]()
+        self._alive: list[tuple[int, weakref.ref[Tensor]]] = []
+        names = [name for name in tiny.architecture.tensors() if name.startswith("model.layers.0.")]
+        self.layer_size = sum(math.prod(tiny.architecture.tensors()[name]) for name in names)
+
+    def stream(self) -> LayerStream:
+        """A stream whose every load is counted."""
+        return LayerStream(
+            self.tiny.config, self.tiny.architecture, self._linear, self.tiny.reader.read_float, device="cpu"
+        )
+
+    def now(self) -> set[int]:
+        return {layer for layer, weight in self._alive if weight() is not None}
+
+    def _linear(self, layer: int, role: str, name: str) -> nn.Module:
+        weight, bias = self.tiny.weight(role, name)
+        module = dense_linear(weight, bias)
+        self._alive.append((layer, weakref.ref(module.weight)))
+        self.most = max(self.most, len(self.now()))
+        self.loads[layer] += role == "q"
+        return module
 
 
 def byte_rows(texts: list[str], ignored: int = 0) -> list[Row]:

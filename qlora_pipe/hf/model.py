@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import init_empty_weights
@@ -20,6 +20,8 @@ Model = PreTrainedModel
 LinearOf = Callable[[int, str, str], nn.Module]
 """(layer, role, module name) to the module that takes its place."""
 
+M = TypeVar("M", bound=nn.Module)
+
 TensorOf = Callable[[str], Tensor]
 """Tensor name to its value, for embeddings, norms and head."""
 
@@ -32,24 +34,45 @@ def build(
     `architecture` may have other widths than `config`, and different ones in each layer: attention reads the number of
     heads off the tensors, and the ratio of query to key heads is the same everywhere.
     """
+    model = empty_model(config)
+    for layer, role, name in architecture.linears():
+        put_module(model, name, linear(layer, role, name).to(device))
+    for name in architecture.others():
+        put_tensor(model, name, other(name).to(device))
+    if architecture.tied:
+        model.tie_weights()
+    return finished(model, device)
+
+
+def empty_model(config: dict[str, Any]) -> PreTrainedModel:
+    """A model whose parameters have shapes but no memory; buffers are computed."""
     quiet()
     # The last model, full of reference cycles, must be gone before the next one is built.
     release_memory()
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
-    for layer, role, name in architecture.linears():
-        _replace(model, name, linear(layer, role, name).to(device))
-    for name in architecture.others():
-        parent, _, leaf = name.rpartition(".")
-        model.get_submodule(parent)._parameters[leaf] = nn.Parameter(other(name).to(device), requires_grad=False)
-    if architecture.tied:
-        model.tie_weights()
-    left = [name for name, tensor in model.named_parameters() if tensor.is_meta]
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
+
+
+def put_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Set the submodule of that name."""
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)
+
+
+def put_tensor(model: nn.Module, name: str, value: Tensor) -> None:
+    """Set the parameter of that name, frozen."""
+    parent, _, leaf = name.rpartition(".")
+    model.get_submodule(parent)._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+
+
+def finished(module: M, device: str) -> M:
+    """The module frozen, in evaluation mode and whole on `device`; raises SourceError naming a parameter not set."""
+    left = [name for name, tensor in module.named_parameters() if tensor.is_meta]
     if left:
-        raise SourceError(f"parameter {left[0]} of {type(model).__name__} is not in the architecture description")
-    for buffer in model.buffers():
+        raise SourceError(f"parameter {left[0]} of {type(module).__name__} is not in the architecture description")
+    for buffer in module.buffers():
         buffer.data = buffer.data.to(device)
-    return model.requires_grad_(False).eval()
+    return module.requires_grad_(False).eval()
 
 
 def dense_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
@@ -126,8 +149,3 @@ def check_device(device: str) -> torch.device:
 def load_config(folder: Path) -> dict[str, Any]:
     """config.json with every default of the transformers class filled in."""
     return AutoConfig.from_pretrained(folder, local_files_only=True).to_dict()
-
-
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, module)

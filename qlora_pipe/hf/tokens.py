@@ -36,16 +36,26 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def rows(
-    tokenizer: PreTrainedTokenizerBase, records: Sequence[Record], *, length: int, count: int, name: str
+    tokenizer: PreTrainedTokenizerBase,
+    records: Sequence[Record],
+    *,
+    length: int,
+    count: int,
+    name: str,
+    at_least: int = 1,
 ) -> list[Row]:
-    """At most `count` rows of at most `length` tokens; raises DataError if there is not one.
+    """At most `count` rows of at most `length` tokens; raises DataError if there are fewer than `at_least`.
 
     Plain text is joined and cut into windows without overlap, each beginning with the tokens the tokenizer itself puts
     first (Gemma's <bos>, nothing for most). A chat turn is one row; what exceeds `length` is cut off.
     """
     if records and records[0].prompt is None:
         text = "\n\n".join(record.text for record in records[: count * length])
-        found = _windows(tokenizer, text[: count * length * _CHARACTERS_PER_TOKEN], length)[:count]
+        span = count * length * _CHARACTERS_PER_TOKEN
+        found = _windows(tokenizer, text[:span], length)[:count]
+        while len(found) < count and span < len(text):
+            span *= 2
+            found = _windows(tokenizer, text[:span], length)[:count]
     else:
         made = (_turn(tokenizer, record, length) for record in records)
         found = []
@@ -56,6 +66,12 @@ def rows(
                 break
     if not found:
         raise DataError(f"{name}: too short, not one row of {length} tokens; give more text or another length")
+    if len(found) < at_least:
+        tokens = sum(len(row.input_ids) for row in found)
+        raise DataError(
+            f"{name}: too short, expected {at_least} rows of {length} tokens ({at_least * length} tokens), found "
+            f"{len(found)} ({tokens} tokens); give more text, or ask for fewer or shorter sequences"
+        )
     return found
 
 

@@ -1,36 +1,64 @@
 """calibrate: second moments of every linear map's inputs and output gradients, saved for any later budget."""
 
-from qlora_pipe import datasets, layouts
-from qlora_pipe.hf.calibration import collect
+from typing import Any
+
+from qlora_pipe import datasets
+from qlora_pipe.architectures import SITES, covariance_name
+from qlora_pipe.hf.calibration import batches_of, covariance_sweep, gradient_sweep
 from qlora_pipe.hf.tokens import load_tokenizer, rows
 from qlora_pipe.stages.base import Context, Stage, computing
-from qlora_pipe.stages.models import base_model
+from qlora_pipe.stages.models import base_layers
+from quant.moments import Covariance
 
 
 def run(context: Context) -> None:
-    """One forward and backward pass of the base model over generic text."""
+    """Two sweeps of the base model over generic text, layer by layer from disk.
+
+    Peak bytes: embedding and head, and of one layer its weights, the activations of one batch and the covariances.
+    """
     settings, dataset = context.config.calibrate, context.config.data.calibration
-    records = datasets.load(dataset, "train", context.config.seed)
-    batch = rows(
+    found = rows(
         load_tokenizer(context.base),
-        records,
+        datasets.load(dataset, "train", context.config.seed),
         length=settings.length,
         count=settings.sequences,
-        name=dataset.source,
+        at_least=settings.sequences,
+        name=f"{dataset.source} (data.calibration)",
     )
-    names = [name for _, _, name in context.known.architecture.linears()]
-    moments = collect(base_model(context), batch, names, context.reporter)
-    with context.writer(layouts.moments(context.known.architecture), stem="moments") as writer:
-        for name in names:
-            writer.write(f"{name}.input", moments[name].column_weight().square())
-            writer.write(f"{name}.gradient", moments[name].row_weight().square())
-    scored = sum(row.scored for row in batch)
-    context.write_json("calibration.json", {"sequences": len(batch), "tokens": scored})
+    stream, batches = base_layers(context), batches_of(found, context.config.device)
+    gradients = gradient_sweep(stream, batches, context.work, context.reporter)
+    norms = gradients.norms if settings.weighting == "gradient" else None
+    layers: list[dict[str, Any]] = [
+        {"gradient_scale": {site: float(gradients.norms[layer, site].double().mean()) for site in SITES}}
+        for layer in range(len(stream))
+    ]
+    with context.writer(context.known.moments(), stem="moments") as writer:
+        for name, moments in gradients.moments.items():
+            writer.write(f"{name}.input", moments.column_weight().square())
+            writer.write(f"{name}.gradient", moments.row_weight().square())
+
+        def keep(layer: int, covariances: dict[str, Covariance]) -> None:
+            for site, covariance in covariances.items():
+                writer.write(covariance_name(layer, site), covariance.triangle())
+            layers[layer]["top_token_share"] = {site: each.top_share() for site, each in covariances.items()}
+
+        if settings.covariance:
+            covariance_sweep(stream, batches, norms, keep, context.work, context.reporter)
+    context.write_json(
+        "calibration.json",
+        {
+            "sequences": len(found),
+            "tokens": sum(len(row.input_ids) for row in found),
+            "scored": sum(row.scored for row in found),
+            "weighting": settings.weighting,
+            "layers": layers,
+        },
+    )
 
 
 STAGE = Stage(
     "calibrate",
-    1,
+    2,
     ("source",),
     lambda config: computing(config) | config.calibrate.model_dump(mode="json"),
     run,

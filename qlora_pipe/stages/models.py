@@ -10,7 +10,8 @@ from prune.groups import PRUNED_AXIS
 from prune.slice import slice_bias, slice_rows_or_columns
 from qlora_pipe.architectures import Architecture, linear_name
 from qlora_pipe.artifacts.tensors import TensorReader
-from qlora_pipe.hf.model import AdaptedLinear, Model, build, dense_linear, load_config
+from qlora_pipe.hf.layers import LayerStream
+from qlora_pipe.hf.model import AdaptedLinear, LinearOf, Model, build, dense_linear, load_config
 from qlora_pipe.stages.base import Context
 from qlora_pipe.stages.packing import read_factors, read_packed
 from quant.fakequant import L4QLinear
@@ -27,13 +28,18 @@ Make = Callable[[str, Tensor, Tensor | None], nn.Module]
 
 def base_model(context: Context, wrap: Wrap | None = None) -> Model:
     """The original model, dense. Peak bytes: its weights in the compute dtype."""
-    reader, architecture = context.base_reader, context.known.architecture
+    return _build(context, context.known.architecture, _base_linear(context), context.base_reader, wrap)
 
-    def linear(layer: int, role: str, name: str) -> nn.Module:
-        bias = reader.read_float(f"{name}.bias", context.dtype) if role in architecture.biased else None
-        return dense_linear(reader.read_float(f"{name}.weight", context.dtype), bias)
 
-    return _build(context, architecture, linear, reader, wrap)
+def base_layers(context: Context) -> LayerStream:
+    """The original model, dense, a layer at a time. Peak bytes: embedding, head and one layer."""
+    return LayerStream(
+        load_config(context.base),
+        context.known.architecture,
+        _base_linear(context),
+        lambda name: context.base_reader.read_float(name, context.dtype),
+        device=context.config.device,
+    )
 
 
 def decomposed_model(context: Context, wrap: Wrap | None = None) -> Model:
@@ -113,6 +119,16 @@ def packed_modules(model: Model) -> dict[str, PackedLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
 
 
+def _base_linear(context: Context) -> LinearOf:
+    reader, biased = context.base_reader, context.known.architecture.biased
+
+    def linear(layer: int, role: str, name: str) -> nn.Module:
+        bias = reader.read_float(f"{name}.bias", context.dtype) if role in biased else None
+        return dense_linear(reader.read_float(f"{name}.weight", context.dtype), bias)
+
+    return linear
+
+
 def _from_packed(context: Context, stage: str, architecture: Architecture, wrap: Wrap | None, *, dense: bool) -> Model:
     reader = context.reader(stage)
 
@@ -129,7 +145,7 @@ def _from_packed(context: Context, stage: str, architecture: Architecture, wrap:
 def _build(
     context: Context,
     architecture: Architecture,
-    linear: Callable[[int, str, str], nn.Module],
+    linear: LinearOf,
     reader: TensorReader,
     wrap: Wrap | None,
 ) -> Model:

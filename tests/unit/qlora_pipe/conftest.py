@@ -117,7 +117,7 @@ class RunBuilder:
         self._json(out, "source", "source.json", {"model_type": "llama", "layers": 3, "hidden": 64})
 
     def _calibrate(self, out: Path) -> None:
-        self._tensors(out, layouts.moments(self.known.architecture), "moments")
+        self._tensors(out, self.known.moments(), "moments")
 
     def _rows(self) -> dict[str, dict[str, Any]]:
         found = {}

@@ -6,7 +6,7 @@ import pytest
 
 from prune.groups import shape_of
 from qlora_pipe import layouts
-from qlora_pipe.architectures import Architecture, from_config
+from qlora_pipe.architectures import SITE, Architecture, from_config
 from qlora_pipe.artifacts.layout import file_bytes, folder_files
 from qlora_pipe.config import Config
 from qlora_pipe.errors import BudgetError, ConfigError
@@ -186,7 +186,7 @@ def test_the_estimate_below_the_minimum_is_the_minimum(tiny: Architecture) -> No
 
 def test_files_are_the_layouts(tiny: Architecture) -> None:
     known = knowing(tiny)
-    assert known.files("calibrate") == {"moments.safetensors": file_bytes(layouts.moments(tiny))}
+    assert known.files("calibrate") == {"moments.safetensors": file_bytes(known.moments())}
     assert known.files("decompose") == {"model.safetensors": file_bytes(known.decomposed())}
     assert known.files("prune") == {"model.safetensors": file_bytes(known.pruned())}
     assert known.files("train") == {"adapter.safetensors": file_bytes(known.adapter())}
@@ -207,6 +207,17 @@ def test_files_are_the_layouts(tiny: Architecture) -> None:
         assert known.files(stage) == {}
 
 
+def test_covariances_are_planned_once_for_each_distinct_input(tiny: Architecture) -> None:
+    moments = knowing(tiny).moments()
+    sizes = {name: spec.shape for name, spec in moments.items() if name.endswith(".covariance")}
+    assert len(sizes) == 4 * len(tiny.layers)
+    for layer, role, name in tiny.linears():
+        width = moments[f"{name}.input"].shape[0]
+        assert sizes[f"model.layers.{layer}.{SITE[role]}.covariance"] == (width * (width + 1) // 2,)
+    without = knowing(tiny, calibrate={"covariance": False}).moments()
+    assert without == {name: spec for name, spec in moments.items() if name not in sizes}
+
+
 def test_what_is_switched_off_is_not_planned(tiny: Architecture) -> None:
     known = knowing(tiny, compact={"enabled": False}, export={"peft": False, "merged": True, "small": False})
     assert known.files("compact") == {}
@@ -218,7 +229,7 @@ def test_what_is_switched_off_is_not_planned(tiny: Architecture) -> None:
 def test_tensor_counts_are_those_of_the_layouts(tiny: Architecture) -> None:
     known = knowing(tiny)
     expected = {
-        "calibrate": len(layouts.moments(tiny)),
+        "calibrate": len(known.moments()),
         "decompose": len(known.decomposed()),
         "prune": len(known.pruned()),
         "train": len(known.adapter()),

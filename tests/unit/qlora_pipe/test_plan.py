@@ -13,6 +13,7 @@ from qlora_pipe.config import Config
 from qlora_pipe.config_file import load
 from qlora_pipe.errors import PlanError, SourceError, UnsupportedModel
 from qlora_pipe.known import CHAIN
+from qlora_pipe.memory import RUNTIME_BYTES
 from qlora_pipe.plan import Plan, check_memory, know, make_plan, plan_known, render_plan
 from quant.storage import Choice
 
@@ -111,6 +112,21 @@ def test_a_device_takes_the_training_off_the_host(folder: Path) -> None:
     # What streams from disk to disk needs no device.
     assert peaks(folder, "decompose", "device=cuda") == peaks(folder, "decompose")
     assert peaks(folder, "calibrate", "device=cuda", "dtype=bfloat16")[1] < peaks(folder, "calibrate", "device=cuda")[1]
+
+
+def test_calibration_needs_no_more_for_a_deeper_model(folder: Path, tmp_path: Path) -> None:
+    found = []
+    for layers in (2, 32):
+        save_tiny_model(tmp_path / "model", num_hidden_layers=layers, vocab_size=4000, hidden_size=256)
+        found.append(peaks(folder, "calibrate", f"model={tmp_path / 'model'}")[0] - RUNTIME_BYTES)
+    assert found[0] < found[1] < 1.1 * found[0]
+
+
+def test_calibration_plans_for_its_covariances(folder: Path, tmp_path: Path) -> None:
+    save_tiny_model(tmp_path / "model", intermediate_size=1024)
+    of = f"model={tmp_path / 'model'}"
+    with_sums, without = (peaks(folder, "calibrate", of, f"calibrate.covariance={value}")[0] for value in (True, False))
+    assert 0.8 * 8 * 1024**2 < with_sums - without <= 8 * (1024**2 + 3 * 64**2)
 
 
 def limited(folder: Path, *overrides: str) -> tuple[Config, Plan]:

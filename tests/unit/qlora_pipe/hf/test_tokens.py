@@ -131,6 +131,26 @@ def test_not_one_row_is_an_error_that_names_the_source(records: list[Record], le
         rows(tokenizer, records, length=length, count=3, name="wiki.txt")
 
 
+@pytest.mark.parametrize("records", [[Record(None, "x" * 47)], [Record("ask", "answer") for _ in range(2)]])
+def test_fewer_rows_than_needed_is_an_error_that_counts_them(records: list[Record]) -> None:
+    asked = {"length": 16, "count": 3, "name": "wiki.txt"}
+    found = rows(byte_tokenizer(), records, **asked, at_least=2)
+    tokens = sum(len(row.input_ids) for row in found)
+    assert len(found) == 2
+    message = rf"wiki.txt: too short, expected 3 rows of 16 tokens \(48 tokens\), found 2 \({tokens} tokens\)"
+    with pytest.raises(DataError, match=message):
+        rows(byte_tokenizer(), records, **asked, at_least=3)
+
+
+def test_tokens_of_many_characters_do_not_make_a_text_short() -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens(["a very long token indeed"])
+    text = "a very long token indeed" * 30
+    assert [len(row.input_ids) for row in rows(tokenizer, [Record(None, text)], length=10, count=3, name="x")] == [
+        10
+    ] * 3
+
+
 def test_take_stops_at_the_tokens_but_takes_one_row() -> None:
     found = [Row((1, 2, 3), (1, 2, 3)), Row((1, 2), (1, 2)), Row((1, 2, 3), (1, 2, 3))]
     assert take(found, 3) == found[:2]
