@@ -15,6 +15,9 @@ MODULE = {role: f"self_attn.{role}_proj" for role in "qkvo"} | {
 }
 """Path of each linear map inside a layer."""
 
+_ROLE = {module: role for role, module in MODULE.items()}
+_LAYERS = "model.layers."
+
 EMBEDDING, HEAD, FINAL_NORM = "model.embed_tokens", "lm_head", "model.norm"
 _IGNORED = ("rotary_emb.inv_freq",)
 _MOST_LAYERS = 10_000
@@ -84,7 +87,7 @@ class Architecture:
                 found[f"{name}.weight"] = (rows, columns)
                 if role in self.biased:
                     found[f"{name}.bias"] = (rows,)
-            prefix = f"model.layers.{layer}"
+            prefix = f"{_LAYERS}{layer}"
             for norm in self.family.norms:
                 found[f"{prefix}.{norm}.weight"] = (self.hidden,)
             if self.family.head_norms:
@@ -108,7 +111,13 @@ class Architecture:
 
 def linear_name(layer: int, role: str) -> str:
     """Full module name of a linear map, as in the checkpoint."""
-    return f"model.layers.{layer}.{MODULE[role]}"
+    return f"{_LAYERS}{layer}.{MODULE[role]}"
+
+
+def place_of(name: str) -> tuple[int, str]:
+    """(layer, role) of the linear map that `linear_name` calls `name`."""
+    layer, _, module = name.removeprefix(_LAYERS).partition(".")
+    return int(layer), _ROLE[module]
 
 
 def from_config(config: Mapping[str, Any]) -> Architecture:

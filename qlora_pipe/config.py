@@ -6,22 +6,12 @@ Descriptions of the fields are the documentation: `qlora-pipe init` writes them 
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
+from qlora_pipe.config_rules import Rule, Tie
+from qlora_pipe.config_section import Count, Fraction, Positive, Rate, Section
 from qlora_pipe.errors import ConfigError
 from qlora_pipe.units import parse_budget, parse_bytes
-
-Fraction = Annotated[float, Field(ge=0, lt=1)]
-Count = Annotated[int, Field(ge=0)]
-Positive = Annotated[int, Field(ge=1)]
-Role = Literal["q", "k", "v", "o", "gate", "up", "down"]
-Rate = Annotated[float, Field(gt=0)]
-
-
-class Section(BaseModel):
-    """A frozen block of settings; unknown keys are errors."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Dataset(Section):
@@ -110,8 +100,12 @@ class Decompose(Section):
     scale_bits: Literal[2, 3, 4, 8] = Field(8, description="bits of a first-level scale code")
     scale_dtype: Literal["bfloat16", "float16", "float32"] = Field("bfloat16", description="second-level maxima")
     factor_dtype: Literal["bfloat16", "float16", "float32"] = Field("bfloat16", description="low-rank factors")
-    ties: tuple[tuple[Role, ...], ...] = Field(
-        (("q", "k", "v"), ("gate", "up")), description="roles of a layer that take the same configuration"
+    ties: tuple[Tie, ...] = Field(
+        (("q", "k", "v"), ("gate", "up")),
+        description="what takes the same configuration: roles of a layer, or a pattern of module names",
+    )
+    rules: tuple[Rule, ...] = Field(
+        (), description="floors and fixed choices, such as {layers: [0, -1], roles: [down], min_bits: 4}"
     )
     table_iterations: Positive = Field(1, description="alternations behind each entry of the error table")
     iterations: Positive = Field(8, description="most alternations of the final decomposition")

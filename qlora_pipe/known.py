@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from prune.groups import PRUNED_AXIS, shape_of
+from prune.groups import PRUNED_AXIS, LayerShape, shape_of
 from qlora_pipe import layouts
 from qlora_pipe.architectures import Architecture
 from qlora_pipe.artifacts.layout import DTYPE_BYTES, SHARD_BYTES, folder_files
 from qlora_pipe.config import Config
-from qlora_pipe.errors import BudgetError, ConfigError
+from qlora_pipe.errors import ConfigError
+from qlora_pipe.rules import Narrowed, narrow
 from qlora_pipe.units import parse_budget
 from quant.storage import Choice
 
@@ -155,7 +156,7 @@ class Known:
 
 
 def choices_for(architecture: Architecture, role: str, layer: int, config: Config) -> list[Choice]:
-    """The configurations one matrix may take: block sizes that divide its blocked axis, ranks below its sides.
+    """The configurations one matrix is offered: block sizes that divide its blocked axis, ranks below its sides.
 
     Raises ConfigError if none is left.
     """
@@ -178,10 +179,21 @@ def choices_for(architecture: Architecture, role: str, layer: int, config: Confi
     return found
 
 
+def allowed(architecture: Architecture, config: Config) -> Narrowed:
+    """What the rules and ties leave of `choices_for`, for all matrices; raises ConfigError as these do."""
+    offered = {}
+    alike: dict[tuple[LayerShape, str], list[Choice]] = {}
+    for layer, role, name in architecture.linears():
+        key = (architecture.layers[layer], role)
+        if key not in alike:
+            alike[key] = choices_for(architecture, role, layer, config)
+        offered[name] = alike[key]
+    return narrow(offered, config.decompose.rules, config.decompose.ties)
+
+
 def check_shapes(architecture: Architecture, config: Config) -> None:
     """Everything that can be refused from shapes alone; raises ConfigError."""
-    for layer, role, _ in architecture.linears():
-        choices_for(architecture, role, layer, config)
+    allowed(architecture, config)
     if not config.compact.enabled:
         return
     small = layouts.small_architecture(architecture, config.prune)
@@ -195,25 +207,16 @@ def check_shapes(architecture: Architecture, config: Config) -> None:
 
 
 def linear_budget(architecture: Architecture, dtypes: Mapping[str, str], config: Config) -> int:
-    """Bytes that the packed linear maps may take together; raises BudgetError if a byte budget leaves none."""
+    """Bytes that the packed linear maps may take together; not above 0 if a byte budget leaves them none."""
     budget = parse_budget(config.decompose.budget)
     if budget.kind == "bits":
         return int(budget.value * architecture.linear_weights() / 8)
-    fixed = fixed_bytes(architecture, dtypes, config)
-    if budget.value <= fixed:
-        raise BudgetError(
-            f"decompose.budget {config.decompose.budget}: embeddings, norms, head and file header alone take {fixed} "
-            "bytes; raise the budget"
-        )
-    return int(budget.value) - fixed
+    return int(budget.value) - fixed_bytes(architecture, dtypes, config)
 
 
 def fixed_bytes(architecture: Architecture, dtypes: Mapping[str, str], config: Config) -> int:
     """Bytes of the decomposed model that no allocation changes, with the longest header that any can have."""
-    dearest = {}
-    for layer, role, name in architecture.linears():
-        sizes = _sizes(architecture, layer, role, config)
-        dearest[name] = max(sizes, key=sizes.__getitem__)
+    dearest = {name: max(sizes, key=sizes.__getitem__) for name, sizes in choice_bytes(architecture, config).items()}
     tensors = layouts.decomposed(architecture, dtypes, dearest, config.decompose)
     files = folder_files(tensors)
     # In one file no choice has longer shapes or offsets than the dearest one. Among several, tensors move to other
@@ -225,18 +228,26 @@ def fixed_bytes(architecture: Architecture, dtypes: Mapping[str, str], config: C
 def estimate_allocation(architecture: Architecture, dtypes: Mapping[str, str], config: Config) -> dict[str, Choice]:
     """The dearest choice of each matrix within an even share of the budget: the plan's guess until it is solved."""
     share = linear_budget(architecture, dtypes, config) / architecture.linear_weights()
-    found = {}
+    found, bytes_of = {}, choice_bytes(architecture, config)
     for layer, role, name in architecture.linears():
         room = share * math.prod(shape_of(role, architecture.layers[layer]))
-        sizes = _sizes(architecture, layer, role, config)
+        sizes = bytes_of[name]
         fitting = [choice for choice in sizes if sizes[choice] <= room]
         found[name] = max(fitting, key=sizes.__getitem__) if fitting else min(sizes, key=sizes.__getitem__)
     return found
 
 
-def _sizes(architecture: Architecture, layer: int, role: str, config: Config) -> dict[Choice, int]:
-    """Bytes of one matrix under each configuration it may take."""
-    return {
-        choice: layouts.packed_bytes(layouts.packed_shape(architecture, layer, role, choice, config.decompose))
-        for choice in choices_for(architecture, role, layer, config)
-    }
+def choice_bytes(architecture: Architecture, config: Config) -> dict[str, dict[Choice, int]]:
+    """Bytes of every matrix under each configuration it may take."""
+    found: dict[str, dict[Choice, int]] = {}
+    sizes: dict[tuple[LayerShape, str, Choice], int] = {}
+    choices = allowed(architecture, config).choices
+    for layer, role, name in architecture.linears():
+        found[name] = {}
+        for choice in choices[name]:
+            key = (architecture.layers[layer], role, choice)
+            if key not in sizes:
+                shape = layouts.packed_shape(architecture, layer, role, choice, config.decompose)
+                sizes[key] = layouts.packed_bytes(shape)
+            found[name][choice] = sizes[key]
+    return found

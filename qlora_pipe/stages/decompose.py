@@ -47,6 +47,9 @@ STAGE = Stage(
     "decompose",
     1,
     ("source", "calibrate", "allocate"),
-    lambda config: {"seed": config.seed} | config.decompose.model_dump(mode="json", exclude={"budget", "time_limit"}),
+    lambda config: (
+        {"seed": config.seed}
+        | config.decompose.model_dump(mode="json", exclude={"budget", "ties", "rules", "time_limit"})
+    ),
     run,
 )

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from prune.groups import PRUNED_AXIS
 from qlora_pipe import layouts
+from qlora_pipe.allocation import row_of
 from qlora_pipe.known import choices_for
 from qlora_pipe.stages.base import Context, Stage
 from qlora_pipe.stages.packing import block_format, stored, torch_dtype
@@ -32,10 +33,8 @@ def run(context: Context) -> None:
                 factor_dtype=torch_dtype(settings.factor_dtype),
             )
             table[name] = [
-                {
-                    "bits": choice.bits,
-                    "block_size": choice.block_size,
-                    "rank": choice.rank,
+                row_of(choice)
+                | {
                     "bytes": layouts.packed_bytes(layouts.packed_shape(architecture, layer, role, choice, settings)),
                     "loss": loss,
                 }
@@ -64,7 +63,7 @@ STAGE = Stage(
         | {
             key: value
             for key, value in config.decompose.model_dump(mode="json").items()
-            if key not in ("budget", "ties", "iterations", "time_limit")
+            if key not in ("budget", "ties", "rules", "iterations", "time_limit")
         }
     ),
     run,
