@@ -18,6 +18,7 @@ import rows
 from rows import Row
 
 from qlora_pipe import datasets
+from qlora_pipe.allocation import read_allocation
 from qlora_pipe.compile import compile_model
 from qlora_pipe.config import Config
 from qlora_pipe.config_file import load
@@ -26,7 +27,6 @@ from qlora_pipe.hf.loss import score
 from qlora_pipe.hf.tokens import load_tokenizer
 from qlora_pipe.hf.tokens import rows as token_rows
 from qlora_pipe.plan import know
-from qlora_pipe.stages.allocate import read_allocation
 from qlora_pipe.stages.base import Context
 from qlora_pipe.stages.models import base_model, decomposed_model
 

@@ -25,6 +25,9 @@ SITE = dict.fromkeys("qkv", "attention_input") | {
 
 SITES = tuple(dict.fromkeys(SITE.values()))
 
+_ROLE = {module: role for role, module in MODULE.items()}
+_LAYERS = "model.layers."
+
 EMBEDDING, HEAD, FINAL_NORM = "model.embed_tokens", "lm_head", "model.norm"
 _IGNORED = ("rotary_emb.inv_freq",)
 _MOST_LAYERS = 10_000
@@ -98,7 +101,7 @@ class Architecture:
                 found[f"{name}.weight"] = (rows, columns)
                 if role in self.biased:
                     found[f"{name}.bias"] = (rows,)
-            prefix = f"model.layers.{layer}"
+            prefix = f"{_LAYERS}{layer}"
             for norm in self.family.norms:
                 found[f"{prefix}.{norm}.weight"] = (self.hidden,)
             if self.family.head_norms:
@@ -126,7 +129,13 @@ class Architecture:
 
 def linear_name(layer: int, role: str) -> str:
     """Full module name of a linear map, as in the checkpoint."""
-    return f"model.layers.{layer}.{MODULE[role]}"
+    return f"{_LAYERS}{layer}.{MODULE[role]}"
+
+
+def place_of(name: str) -> tuple[int, str]:
+    """(layer, role) of the linear map that `linear_name` calls `name`."""
+    layer, _, module = name.removeprefix(_LAYERS).partition(".")
+    return int(layer), _ROLE[module]
 
 
 def covariance_name(layer: int, site: str) -> str:

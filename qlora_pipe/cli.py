@@ -124,6 +124,17 @@ def verify(path: Path) -> None:
 
 
 @main.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--json", "table", type=click.Path(path_type=Path), help="Write every vertex of the curve to this file.")
+@click.option("--plot", type=click.Path(path_type=Path), help="Draw the curve in this file, .png or .svg.")
+def frontier(run: Path, table: Path | None, plot: Path | None) -> None:
+    """Show quality against bytes for every budget, from the error table of RUN. Reads no weight."""
+    from qlora_pipe.frontier import show_frontier
+
+    click.echo(show_frontier(run, table, plot))
+
+
+@main.command()
 @click.argument("path", type=click.Path(path_type=Path))
 def inspect(path: Path) -> None:
     """Show what is inside PATH (a run or an artifact)."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_pipe import datasets
+from qlora_pipe.allocation import read_allocation
 from qlora_pipe.artifacts.manifest import Manifest, digest, file_digest
 from qlora_pipe.artifacts.store import Artifact, Store, Ticket
 from qlora_pipe.config import Config
@@ -116,7 +117,7 @@ class _Run:
         self.artifacts[stage.name] = known
         if stage.name == "allocate":
             body = json.loads((known.folder / "allocation.json").read_text())
-            self.known = self.known.with_allocation(allocate.read_allocation(body))
+            self.known = self.known.with_allocation(read_allocation(body))
             self._plan()
         self.reporter.stage = ""
 

@@ -6,23 +6,12 @@ Descriptions of the fields are the documentation: `qlora-pipe init` writes them 
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
+from qlora_pipe.config_decompose import Decompose
+from qlora_pipe.config_section import Count, Fraction, Positive, Rate, Section
 from qlora_pipe.errors import ConfigError
-from qlora_pipe.units import parse_budget, parse_bytes
-from quant.storage import Choice
-
-Fraction = Annotated[float, Field(ge=0, lt=1)]
-Count = Annotated[int, Field(ge=0)]
-Positive = Annotated[int, Field(ge=1)]
-Role = Literal["q", "k", "v", "o", "gate", "up", "down"]
-Rate = Annotated[float, Field(gt=0)]
-
-
-class Section(BaseModel):
-    """A frozen block of settings; unknown keys are errors."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+from qlora_pipe.units import parse_bytes
 
 
 class Dataset(Section):
@@ -102,70 +91,6 @@ class Calibrate(Section):
     weighting: Literal["gradient", "none"] = Field(
         "gradient", description="weight of a token in the covariance: its squared output gradients, or 1"
     )
-
-
-class Decompose(Section):
-    """W = Q + L1 L2 with a configuration per matrix, chosen by an integer programme (LQ-LoRA)."""
-
-    budget: str = Field("3.5bits", description="total bits per block weight (3.5bits), or bytes of the model (2GB)")
-    metric: Literal["fisher", "none"] = Field("fisher", description="weighting of rows and columns of the error")
-    grids: tuple[Literal["nf", "lloyd", "int", "uint"], ...] = Field(
-        ("nf",),
-        description="where codes may lie: NormalFloat or Lloyd levels, or integers without or with a zero point; the "
-        "integers have plain float16 scales, as GPTQ checkpoints do",
-    )
-    bits: tuple[Literal[2, 3, 4, 8], ...] = Field((2, 3, 4, 8), description="code widths to choose from")
-    block_sizes: tuple[Positive, ...] = Field((32, 64), description="weights per first-level scale to choose from")
-    ranks: tuple[Count, ...] = Field((16,), description="ranks of the low-rank part to choose from")
-    scale_bits: Literal[2, 3, 4, 8, 16, 32] = Field(
-        8, description="bits of a first-level scale: below 16 a code within its superblock, else the scale itself"
-    )
-    scale_dtype: Literal["bfloat16", "float16", "float32"] = Field(
-        "bfloat16", description="second-level maxima; with scale_bits 16 or 32 the scales"
-    )
-    superblock: Positive | None = Field(
-        None, description="blocks that share one second-level maximum, row by row; null: those of one row"
-    )
-    factor_dtype: Literal["bfloat16", "float16", "float32", "int8"] = Field("bfloat16", description="low-rank factors")
-    ties: tuple[tuple[Role, ...], ...] = Field(
-        (("q", "k", "v"), ("gate", "up")), description="roles of a layer that take the same configuration"
-    )
-    table_iterations: Positive = Field(1, description="alternations behind each entry of the error table")
-    iterations: Positive = Field(8, description="most alternations of the final decomposition")
-    time_limit: Rate = Field(60.0, description="seconds the exact solver may take; cut short, it states the gap")
-
-    @field_validator("budget")
-    @classmethod
-    def _is_budget(cls, value: str) -> str:
-        _as_value_error(parse_budget, value)
-        return value
-
-    @field_validator("grids", "bits", "block_sizes", "ranks")
-    @classmethod
-    def _not_empty(cls, value: tuple[Any, ...]) -> tuple[Any, ...]:
-        if not value:
-            raise ValueError("expected at least one value to choose from")
-        return tuple(sorted(set(value)))
-
-    @model_validator(mode="after")
-    def _is_a_format(self) -> "Decompose":
-        self.choice("nf", self.bits[0], self.block_sizes[0], self.ranks[0])
-        return self
-
-    def choice(self, grid: str, bits: int, block_size: int, rank: int) -> Choice:
-        """One configuration of a matrix, as these settings store it; ValueError for scales of no format."""
-        if grid in ("int", "uint"):
-            return Choice(grid, bits, block_size, rank, 16, "float16", factor_dtype=self.factor_dtype)
-        return Choice(
-            grid,
-            bits,
-            block_size,
-            rank,
-            scale_bits=self.scale_bits,
-            scale_dtype=self.scale_dtype,
-            superblock=self.superblock,
-            factor_dtype=self.factor_dtype,
-        )
 
 
 class Prune(Section):

@@ -98,12 +98,14 @@ def _dotted(model: type[BaseModel], prefix: str = "") -> list[str]:
 
 
 def _model_at(section: Keys) -> type[BaseModel]:
-    """The model that holds the keys of `section`; a mapping by name is stepped through."""
+    """The model that holds the keys of `section`; mappings by name and lists are stepped through."""
     annotation: Any = Config
     for key in section:
         annotation = _plain(annotation)
         if get_origin(annotation) is dict:
             annotation = get_args(annotation)[1]
+        elif get_origin(annotation) is tuple:
+            annotation = get_args(annotation)[0]
         else:
             annotation = annotation.model_fields[str(key)].annotation
     return _plain(annotation)

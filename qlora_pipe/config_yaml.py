@@ -90,8 +90,8 @@ def dump_yaml(data: Any) -> str:
 
 
 def dump_value(value: Any) -> str:
-    """A scalar or list on one line, as it stands behind a key."""
-    flow = yaml.dump([value], Dumper=_Dumper, default_flow_style=True, allow_unicode=True, width=2**31)
+    """A scalar, list or mapping on one line, as it stands behind a key."""
+    flow = yaml.dump([value], Dumper=_Dumper, default_flow_style=True, sort_keys=False, allow_unicode=True, width=2**31)
     return flow.strip()[1:-1]
 
 

@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from prune.groups import PRUNED_AXIS, shape_of
+from prune.groups import PRUNED_AXIS, LayerShape, shape_of
 from qlora_pipe import layouts
 from qlora_pipe.architectures import Architecture, linear_name
 from qlora_pipe.artifacts.layout import DTYPE_BYTES, SHARD_BYTES, entry_bytes, folder_files
 from qlora_pipe.config import Config
-from qlora_pipe.errors import BudgetError, ConfigError
+from qlora_pipe.errors import ConfigError
+from qlora_pipe.rules import Narrowed, narrow
 from qlora_pipe.units import parse_budget
 from quant.exceptions import ShapeError
 from quant.storage import Choice, PackedShape
@@ -172,7 +173,7 @@ class Known:
 
 
 def choices_for(architecture: Architecture, role: str, layer: int, config: Config) -> list[Choice]:
-    """The configurations one matrix may take: block sizes that divide its blocked axis, superblocks that divide its
+    """The configurations one matrix is offered: block sizes that divide its blocked axis, superblocks that divide its
     blocks, ranks below its sides.
 
     Raises ConfigError if none is left.
@@ -183,17 +184,14 @@ def choices_for(architecture: Architecture, role: str, layer: int, config: Confi
     kept = columns if along == rows else rows
     found = [
         choice
-        for grid in settings.grids
-        for bits in settings.bits
-        for block in settings.block_sizes
-        for rank in settings.ranks
-        if rank < min(rows, columns) and _splits(choice := settings.choice(grid, bits, block, rank), kept, along)
+        for choice in settings.formats()
+        if choice.rank < min(rows, columns) and _splits(choice, kept, along)
     ]
     if not found:
         raise ConfigError(
             f"decompose: no configuration fits the {role} projection [{rows}, {columns}]: expected a block size that "
             f"divides {along} (have {list(settings.block_sizes)}), a superblock that divides the matrix's blocks (have "
-            f"{settings.superblock}) and a rank below {min(rows, columns)} (have {list(settings.ranks)})"
+            f"{list(settings.superblocks)}) and a rank below {min(rows, columns)} (have {list(settings.ranks)})"
         )
     return found
 
@@ -207,10 +205,21 @@ def _splits(choice: Choice, rows: int, columns: int) -> bool:
     return True
 
 
+def allowed(architecture: Architecture, config: Config) -> Narrowed:
+    """What the rules and ties leave of `choices_for`, for all matrices; raises ConfigError as these do."""
+    offered = {}
+    alike: dict[tuple[LayerShape, str], list[Choice]] = {}
+    for layer, role, name in architecture.linears():
+        key = (architecture.layers[layer], role)
+        if key not in alike:
+            alike[key] = choices_for(architecture, role, layer, config)
+        offered[name] = alike[key]
+    return narrow(offered, config.decompose.rules, config.decompose.ties)
+
+
 def check_shapes(architecture: Architecture, config: Config) -> None:
     """Everything that can be refused from shapes alone; raises ConfigError."""
-    for layer, role, _ in architecture.linears():
-        choices_for(architecture, role, layer, config)
+    allowed(architecture, config)
     if not config.compact.enabled:
         return
     small = layouts.small_architecture(architecture, config.prune)
@@ -224,25 +233,18 @@ def check_shapes(architecture: Architecture, config: Config) -> None:
 
 
 def linear_budget(architecture: Architecture, dtypes: Mapping[str, str], config: Config) -> int:
-    """Bytes that the packed linear maps may take together; raises BudgetError if a byte budget leaves none."""
+    """Bytes that the packed linear maps may take together; not above 0 if a byte budget leaves them none."""
     budget = parse_budget(config.decompose.budget)
     if budget.kind == "bits":
         return int(budget.value * architecture.linear_weights() / 8)
-    fixed = fixed_bytes(architecture, dtypes, config)
-    if budget.value <= fixed:
-        raise BudgetError(
-            f"decompose.budget {config.decompose.budget}: embeddings, norms, head and file header alone take {fixed} "
-            "bytes; raise the budget"
-        )
-    return int(budget.value) - fixed
+    return int(budget.value) - fixed_bytes(architecture, dtypes, config)
 
 
 def fixed_bytes(architecture: Architecture, dtypes: Mapping[str, str], config: Config) -> int:
     """Bytes of the decomposed model that no allocation changes, with the longest header that any can have."""
     dearest: dict[str, Choice] = {}
     longer, mixed = 0, False
-    for layer, role, name in architecture.linears():
-        sizes = _sizes(architecture, layer, role, config)
+    for (layer, role, name), sizes in zip(architecture.linears(), choice_bytes(architecture, config).values(), strict=True):
         dearest[name] = max(sizes, key=sizes.__getitem__)
         shapes = {choice: layouts.packed_shape(architecture, layer, role, choice) for choice in sizes}
         entries = {choice: entry_bytes(layouts.packed(name, shape)) for choice, shape in shapes.items()}
@@ -262,18 +264,25 @@ def fixed_bytes(architecture: Architecture, dtypes: Mapping[str, str], config: C
 def estimate_allocation(architecture: Architecture, dtypes: Mapping[str, str], config: Config) -> dict[str, Choice]:
     """The dearest choice of each matrix within an even share of the budget: the plan's guess until it is solved."""
     share = linear_budget(architecture, dtypes, config) / architecture.linear_weights()
-    found = {}
+    found, bytes_of = {}, choice_bytes(architecture, config)
     for layer, role, name in architecture.linears():
         room = share * math.prod(shape_of(role, architecture.layers[layer]))
-        sizes = _sizes(architecture, layer, role, config)
+        sizes = bytes_of[name]
         fitting = [choice for choice in sizes if sizes[choice] <= room]
         found[name] = max(fitting, key=sizes.__getitem__) if fitting else min(sizes, key=sizes.__getitem__)
     return found
 
 
-def _sizes(architecture: Architecture, layer: int, role: str, config: Config) -> dict[Choice, int]:
-    """Bytes of one matrix under each configuration it may take."""
-    return {
-        choice: layouts.packed_bytes(layouts.packed_shape(architecture, layer, role, choice))
-        for choice in choices_for(architecture, role, layer, config)
-    }
+def choice_bytes(architecture: Architecture, config: Config) -> dict[str, dict[Choice, int]]:
+    """Bytes of every matrix under each configuration it may take."""
+    found: dict[str, dict[Choice, int]] = {}
+    sizes: dict[tuple[LayerShape, str, Choice], int] = {}
+    choices = allowed(architecture, config).choices
+    for layer, role, name in architecture.linears():
+        found[name] = {}
+        for choice in choices[name]:
+            key = (architecture.layers[layer], role, choice)
+            if key not in sizes:
+                sizes[key] = layouts.packed_bytes(layouts.packed_shape(architecture, layer, role, choice))
+            found[name][choice] = sizes[key]
+    return found

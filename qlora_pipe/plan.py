@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_pipe.artifacts.headers import read_folder
+from qlora_pipe.budget import require_feasible
 from qlora_pipe.config import Config
 from qlora_pipe.errors import PlanError
 from qlora_pipe.known import CHAIN, Known, check_shapes, estimate_allocation
@@ -67,6 +68,7 @@ def know(config: Config, base: Path | None = None) -> Known:
     dtypes = {}
     if source.kind == "folder" and source.path is not None:
         dtypes = {name: place.spec.dtype for name, place in read_folder(source.path).items()}
+    require_feasible(architecture, dtypes, config)
     estimate = estimate_allocation(architecture, dtypes, config)
     converts = source.kind == "gguf"
     return Known(config, architecture, dtypes, estimate, allocation_is_final=False, converts=converts)

@@ -14,15 +14,17 @@ from prune.exceptions import PruneError
 from prune.groups import ROLES, shape_of
 from prune.indexmap import IndexMap
 from prune.scatter import scatter_adapter
+from qlora_pipe.allocation import recheck
 from qlora_pipe.architectures import linear_name
 from qlora_pipe.artifacts.manifest import MANIFEST, Manifest, check_files, read_manifest
 from qlora_pipe.artifacts.tensors import TensorReader
-from qlora_pipe.errors import ArtifactError, SourceError
+from qlora_pipe.errors import ArtifactError, ConfigError, SourceError
 from qlora_pipe.inspection import plural, stages_of, weight_sets
 from qlora_pipe.known import CHAIN
 from qlora_pipe.units import format_bytes
 from quant.pack import pack, unpack
 from quant.storage import Choice
+from solver import SolverError
 
 _AGAIN = "run the stage again"
 _TOLERANCE = 1e-9
@@ -41,9 +43,10 @@ def verify_path(path: Path) -> Iterator[str]:
     for stage in stages_of(path):
         line = _verify_artifact(path / stage)
         _check_lineage(path, stage)
-        if stage == "recover":
+        across = _ACROSS.get(stage)
+        if across is not None:
             with _one_kind_of_error(path / stage):
-                _check_scattered(path)
+                across(path)
         yield line
 
 
@@ -156,7 +159,7 @@ def _check_table(folder: Path) -> None:
 
 
 def _check_allocation(folder: Path) -> None:
-    """Cost, loss and ties follow from the choices; the budget and the stated bound hold."""
+    """Cost, loss and ties follow from the choices; the budget holds, and the bound is not above the loss."""
     path = folder / "allocation.json"
     body = _read(path)
     choices = body["choices"]
@@ -170,11 +173,18 @@ def _check_allocation(folder: Path) -> None:
         raise ArtifactError(f"{path}: the choices lose {loss}, the file says {body['loss']}; {_AGAIN}")
     if not 0 <= body["bound"] <= loss * (1 + _TOLERANCE):
         raise ArtifactError(f"{path}: expected a bound between 0 and the loss {loss}, found {body['bound']}; {_AGAIN}")
-    for layer in range(len(choices) // len(ROLES)):
-        for roles in body["ties"]:
-            taken = {Choice.from_json(choices[linear_name(layer, role)]) for role in roles}
-            if len(taken) > 1:
-                raise ArtifactError(f"{path}: {', '.join(roles)} of layer {layer} are tied but differ; {_AGAIN}")
+    for group in body["ties"]:
+        if len({Choice.from_json(choices[name]) for name in group}) > 1:
+            raise ArtifactError(f"{path}: {', '.join(group)} are tied but differ; {_AGAIN}")
+
+
+def _check_certificate(run: Path) -> None:
+    """Selection, cost, loss, ties, rules and bound follow from the table."""
+    path = run / "allocate" / "allocation.json"
+    try:
+        recheck(_read(run / "score" / "table.json"), _read(path))
+    except (SolverError, ConfigError) as error:
+        raise ArtifactError(f"{path}: {error}; {_AGAIN}") from error
 
 
 def _check_kept(folder: Path) -> None:
@@ -237,6 +247,10 @@ def _check_scattered(run: Path) -> None:
                     raise ArtifactError(
                         f"{folder}: {stem} {name} differs from the adapter of {stage} at the kept indices; {_AGAIN}"
                     )
+
+
+_ACROSS: dict[str, Callable[[Path], None]] = {"allocate": _check_certificate, "recover": _check_scattered}
+"""What a stage's artifact owes to those of other stages; takes the run."""
 
 
 def _factors(reader: TensorReader, name: str) -> tuple[Tensor, Tensor]:

@@ -253,6 +253,13 @@ def _open_grid(axes: "Axes") -> None:
     axes.spines["left"].set_visible(False)
 
 
+def standalone_style(colours: Mapping[str, str]) -> Any:
+    """The charts' matplotlib style for a picture of its own, in the page's `colours` by name, letters as drawn."""
+    names = {placeholder: name for name, placeholder in _HEX.items()}
+    style = {key: colours[names[value]] if value in names else value for key, value in _STYLE.items()}
+    return style | {"figure.facecolor": colours["card"], "svg.fonttype": "path"}
+
+
 def _svg(
     name: str,
     title: str,

@@ -166,21 +166,21 @@ def read_facts(run: Path) -> Facts:
         raise ArtifactError(f"{run}: expected a run folder, found none; run the chain first")
     manifests = {name: read_manifest(run / name) for name in CHAIN if (run / name).exists()}
     text = _text(run / "config.yaml")
-    histories = {name: _json(run / name / "history.json") for name in ("train", "compact")}
-    skipped = {name: _json(run / name / "skipped.json") for name in manifests}
-    kept = _json(run / "prune" / "kept.json")
+    histories = {name: read_json(run / name / "history.json") for name in ("train", "compact")}
+    skipped = {name: read_json(run / name / "skipped.json") for name in manifests}
+    kept = read_json(run / "prune" / "kept.json")
     return Facts(
         run=run,
         config_text=text,
         settings=_settings(text, run),
-        plan=_json(run / "plan.json") or {},
-        stats=_json(run / "stats.json") or {},
+        plan=read_json(run / "plan.json") or {},
+        stats=read_json(run / "stats.json") or {},
         manifests=manifests,
-        source=_json(run / "source" / "source.json") or {},
-        allocation=_json(run / "allocate" / "allocation.json"),
+        source=read_json(run / "source" / "source.json") or {},
+        allocation=read_json(run / "allocate" / "allocation.json"),
         kept=kept_counts(kept) if kept else (),
-        metrics=_json(run / "evaluate" / "metrics.json") or [],
-        recovery=_json(run / "recover" / "recovery.json"),
+        metrics=read_json(run / "evaluate" / "metrics.json") or [],
+        recovery=read_json(run / "recover" / "recovery.json"),
         histories={name: rows for name, rows in histories.items() if rows},
         skipped={name: str(body.get("reason", "")) for name, body in skipped.items() if body},
     )
@@ -195,7 +195,8 @@ def _text(path: Path) -> str:
         raise ArtifactError(f"{path}: expected a readable text file, found {error}; run the chain again") from error
 
 
-def _json(path: Path) -> Any:
+def read_json(path: Path) -> Any:
+    """A JSON document, None if there is none; raises ArtifactError if it cannot be read."""
     text = _text(path)
     try:
         return json.loads(text) if text else None

@@ -4,33 +4,33 @@ import torch
 
 from qlora_pipe import layouts
 from qlora_pipe.stages.base import Context, Stage
-from qlora_pipe.stages.packing import stored
-from qlora_pipe.stages.score import weights_of
+from qlora_pipe.stages.moments import Moments
+from qlora_pipe.stages.score import SEARCH, seed_of
 from quant.buffers import packed_buffers
 from quant.decompose import decompose
 
 
 def run(context: Context) -> None:
     """Peak bytes: one matrix in fp32 and a few temporaries of its size."""
-    config, known = context.config, context.known
-    settings, architecture = config.decompose, known.architecture
-    moments = context.reader("calibrate", "moments")
+    known, settings, moments = context.known, context.config.decompose, Moments(context)
     losses = {}
     with (
         context.writer(known.decomposed()) as writer,
         context.reporter.progress("decomposing", len(known.allocation)) as advance,
     ):
-        for number, (layer, role, name) in enumerate(architecture.linears()):
+        for number, (layer, role, name) in enumerate(known.architecture.linears()):
             choice = known.allocation[name]
-            shape = layouts.packed_shape(architecture, layer, role, choice)
-            row_weight, column_weight = weights_of(context, moments.read, name, role)
+            shape = layouts.packed_shape(known.architecture, layer, role, choice)
+            passing = moments.passing(layer, role, [choice])
             result = decompose(
-                stored(context.base_reader.read_float(f"{name}.weight"), role),
+                context.base_reader.read_float(f"{name}.weight"),
                 choice,
-                generator=torch.Generator().manual_seed(config.seed * 1_000_003 + number),
-                row_weight=row_weight,
-                column_weight=column_weight,
+                generator=torch.Generator().manual_seed(seed_of(context, number)),
+                metric=moments.metric(layer, role),
+                passing=None if passing is None else passing[None if shape.transposed else choice.block_size],
+                transposed=shape.transposed,
                 max_iterations=settings.iterations,
+                patience=settings.patience,
             )
             bias = context.base_reader.read_float(f"{name}.bias") if shape.bias else None
             factors = (result.left, result.right, result.factor_scale)
@@ -38,15 +38,15 @@ def run(context: Context) -> None:
                 writer.write(f"{name}.{buffer}", tensor)
             losses[name] = {"choice": choice.name, "loss": result.loss, "iterations": len(result.losses)}
             advance()
-        for name in architecture.others():
+        for name in known.architecture.others():
             writer.write(name, context.base_reader.read(name))
     context.write_json("decomposition.json", losses)
 
 
 STAGE = Stage(
     "decompose",
-    2,
+    3,
     ("source", "calibrate", "allocate"),
-    lambda config: {"seed": config.seed} | config.decompose.model_dump(mode="json", exclude={"budget", "time_limit"}),
+    lambda config: {"seed": config.seed} | config.decompose.model_dump(mode="json", exclude=set(SEARCH)),
     run,
 )

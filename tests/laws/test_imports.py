@@ -21,7 +21,7 @@ ALLOWED: dict[str, set[str] | None] = {
 }
 HF = {"transformers", "peft", "accelerate", "bitsandbytes"}
 HEAVY = {*HF, "torch", "matplotlib", "scipy"}
-LIGHT = ["errors", "units", "config", "config_file", "config_problems", "config_yaml", "starter"]
+LIGHT = ["errors", "units", "config", "config_file", "config_problems", "config_yaml", "config_rules", "starter"]
 
 
 def imported(source: str) -> Iterator[str]:
@@ -94,6 +94,10 @@ def test_reading_a_configuration_imports_nothing_heavy() -> None:
 
 def test_heavy_imports_are_seen() -> None:
     assert heavy_after("import scipy") == {"scipy"}
+
+
+def test_the_frontier_needs_no_torch() -> None:
+    assert not heavy_after("import qlora_pipe.frontier") & {*HF, "torch", "matplotlib"}
 
 
 def test_planning_imports_nothing_heavy() -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from prune.groups import PRUNED_AXIS, ROLES, shape_of
 from prune.scatter import scatter_adapter
+from qlora_pipe.allocation import read_allocation
 from qlora_pipe.architectures import linear_name
 from qlora_pipe.artifacts.store import Artifact
 from qlora_pipe.compile import compile_model
@@ -23,7 +24,6 @@ from qlora_pipe.events import Reporter
 from qlora_pipe.hf.model import Model, dense_linear
 from qlora_pipe.plan import know
 from qlora_pipe.stages import compact
-from qlora_pipe.stages.allocate import read_allocation
 from qlora_pipe.stages.base import Context
 from qlora_pipe.stages.models import decomposed_model, integer_model, l4q_modules, pruned_model, with_adapter
 from qlora_pipe.stages.packing import packed_linear, read_packed

@@ -2,10 +2,13 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 from tiny import save_settings, save_texts, save_tiny_model
 
+from qlora_pipe.allocation import read_allocation
 from qlora_pipe.artifacts.manifest import read_manifest
 from qlora_pipe.compile import compile_model
 from qlora_pipe.config_file import load
@@ -109,6 +112,33 @@ def test_a_new_budget_needs_no_new_scores(finished: Path, tmp_path: Path) -> Non
     compile_model(load(finished / "tiny.yaml", settings), recorder, until="allocate")
     made = [line.partition(":")[0] for line in recorder.lines if ": made:" in line]
     assert made == ["allocate"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rules": [{"layers": [-1], "roles": ["down"], "bits": 2, "block_size": 32}]},
+        {"ties": [["q", "k", "v"], "*.gate_proj", "*.down_proj"]},
+    ],
+)
+def test_new_rules_and_ties_need_no_new_scores(finished: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
+    config = tmp_path / "ruled.yaml"
+    settings = yaml.safe_load((finished / "tiny.yaml").read_text()) | {"run": str(tmp_path / "run")}
+    config.write_text(yaml.safe_dump(settings))
+    compile_model(load(config), Recorder(), until="decompose")
+    settings["decompose"] |= changes
+    config.write_text(yaml.safe_dump(settings))
+    recorder = Recorder()
+    compile_model(load(config), recorder, until="decompose")
+    assert [line.partition(":")[0] for line in recorder.lines if ": made:" in line] == ["allocate", "decompose"]
+    # The change is told once, by the stage that heeds it.
+    assert [line for line in recorder.lines if line.startswith("decompose: changed")] == [
+        "decompose: changed: runs again because allocate changed"
+    ]
+    body = json.loads((tmp_path / "run/allocate/allocation.json").read_text())
+    first, last = (read_allocation(body)[f"model.layers.{layer}.mlp.down_proj"] for layer in range(2))
+    assert first == last if "ties" in changes else (last.bits, last.block_size) == (2, 32)
+    assert len(list(verify_path(tmp_path / "run"))) == 5
 
 
 def test_budget_in_bytes_counts_the_whole_model(finished: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
 from tiny import save_settings, save_texts, save_tiny_model
@@ -107,6 +108,28 @@ def test_budget_below_the_minimum_states_it(folder: Path) -> None:
     smallest = float(result.output.split("smallest that works is ")[1].split()[0])
     assert 2 < smallest < 6
     assert run(folder, "--set", f"decompose.budget={smallest + 0.001}bits", "--until", "allocate").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("rules", "words"),
+    [
+        ("[{name: '*.x', bits: 2}]", ["decompose.rules.0", "is for no matrix"]),
+        ("[{roles: [down], bits: 8}]", ["decompose.rules.0", "leaves model.layers.0.mlp.down_proj"]),
+        ("[{roles: [q], bits: 2}, {roles: [k], bits: 3}]", ["tied", "q_proj may take bits 2"]),
+    ],
+)
+def test_rules_that_cannot_hold_are_found_by_the_plan(folder: Path, rules: str, words: list[str]) -> None:
+    settings = yaml.safe_load((folder / "tiny.yaml").read_text())
+    settings["decompose"]["rules"] = yaml.safe_load(rules)
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(settings))
+    # Headers alone: not a weight can be read.
+    path = folder / "model/model.safetensors"
+    head = 8 + int.from_bytes(path.read_bytes()[:8], "little")
+    path.write_bytes(path.read_bytes()[:head] + b"\xff" * (path.stat().st_size - head))
+    for command in ("plan", "run"):
+        result = CliRunner().invoke(main, [command, str(folder / "tiny.yaml")])
+        refused(result, folder, "ConfigError", *words)
+    assert not (folder / "run/source").exists()
 
 
 def test_byte_budget_below_the_fixed_part(folder: Path) -> None:

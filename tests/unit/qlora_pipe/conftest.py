@@ -14,7 +14,7 @@ from prune.groups import LayerShape, shape_of
 from prune.indexmap import IndexMap, LayerKept
 from prune.scatter import scatter_adapter
 from qlora_pipe import layouts
-from qlora_pipe.architectures import FAMILIES, Architecture
+from qlora_pipe.architectures import FAMILIES, Architecture, linear_name
 from qlora_pipe.artifacts.layout import Layout
 from qlora_pipe.artifacts.store import Store, Ticket
 from qlora_pipe.artifacts.tensors import TensorWriter, torch_dtype_of
@@ -141,8 +141,17 @@ class RunBuilder:
             "loss": loss,
             "bound": loss,
             "gap": 0.0,
+            "multiplier": 0.0,
             "optimal": True,
-            "ties": [["q", "k", "v"], ["gate", "up"]],
+            "method": "hull",
+            "ties": [
+                [linear_name(layer, role) for role in roles]
+                for layer in range(len(self.known.architecture.layers))
+                for roles in (("q", "k", "v"), ("gate", "up"))
+            ],
+            "rules": [],
+            "fixed": [],
+            "floored": {},
             "choices": rows,
         }
         self._json(out, "allocate", "allocation.json", body)

@@ -56,7 +56,7 @@ def identities(run: Path) -> dict[str, str]:
 
 def test_help_names_every_command() -> None:
     text = passed("--help").output
-    for command in ("init", "schema", "plan", "run", "verify", "inspect", *CHAIN):
+    for command in ("init", "schema", "plan", "run", "verify", "frontier", "inspect", *CHAIN):
         assert f"\n  {command} " in text
     assert passed("-h").output == text
 
@@ -169,6 +169,18 @@ def test_verify(finished: tuple[Path, Result], tmp_path: Path) -> None:
     assert result.stderr.startswith("ArtifactError: ")
     assert "adapter.safetensors" in result.stderr
     assert "nothing" not in refused("ArtifactError", "verify", tmp_path / "nowhere")
+
+
+def test_frontier(finished: tuple[Path, Result], tmp_path: Path) -> None:
+    run = finished[0].parent / "run"
+    shown = passed("frontier", run, "--json", tmp_path / "curve.json", "--plot", tmp_path / "curve.svg").stdout
+    assert shown == passed("frontier", run).stdout
+    assert "<- this run, 6bits" in shown
+    vertices = json.loads((tmp_path / "curve.json").read_text())["vertices"]
+    assert f"{len(vertices)} vertices" in shown
+    assert (tmp_path / "curve.svg").read_text().startswith("<?xml")
+    assert "error table" in refused("ArtifactError", "frontier", tmp_path)
+    assert ".png or .svg" in refused("ConfigError", "frontier", run, "--plot", tmp_path / "curve.gif")
 
 
 def test_inspect(finished: tuple[Path, Result], tmp_path: Path) -> None:

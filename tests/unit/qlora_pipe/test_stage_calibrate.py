@@ -16,7 +16,7 @@ from qlora_pipe.errors import ConfigError, DataError
 from qlora_pipe.events import Reporter
 from qlora_pipe.plan import know
 from qlora_pipe.stages.base import Context
-from qlora_pipe.stages.moments import covariance_of
+from qlora_pipe.stages.moments import Moments
 from qlora_pipe.verify import verify_path
 
 
@@ -42,7 +42,7 @@ def test_later_stages_read_the_covariance_of_what_a_map_reads(folder: Path) -> N
     assert len(list(verify_path(folder / "whole"))) == 2
     moments = context.reader("calibrate", "moments")
     for layer, role, name in context.known.architecture.linears():
-        found = covariance_of(context, layer, role)
+        found = Moments(context).covariance(layer, role)
         assert found.dtype == torch.float32
         assert found.shape == moments.read(f"{name}.input").shape * 2
         assert torch.equal(found, found.T)
@@ -68,8 +68,8 @@ def test_without_weighting_the_diagonal_is_the_mean_square(folder: Path) -> None
     moments = context.reader("calibrate", "moments")
     for layer, role, name in context.known.architecture.linears():
         expected = moments.read(f"{name}.input")
-        torch.testing.assert_close(covariance_of(context, layer, role).diagonal(), expected, rtol=1e-5, atol=1e-8)
-        assert not torch.allclose(covariance_of(weighted, layer, role).diagonal(), expected, rtol=1e-2)
+        torch.testing.assert_close(Moments(context).covariance(layer, role).diagonal(), expected, rtol=1e-5, atol=1e-8)
+        assert not torch.allclose(Moments(weighted).covariance(layer, role).diagonal(), expected, rtol=1e-2)
         assert torch.equal(weighted.reader("calibrate", "moments").read(f"{name}.input"), expected)
 
 
@@ -81,7 +81,7 @@ def test_covariances_can_be_left_out(folder: Path) -> None:
     assert all(torch.equal(moments.read(name), whole.read(name)) for name in moments)
     assert "top_token_share" not in json.loads((artifact.folder / "calibration.json").read_text())["layers"][0]
     with pytest.raises(ConfigError, match=r"calibrate.covariance is false, but model.layers.1.ffn_hidden.covariance"):
-        covariance_of(context, 1, "down")
+        Moments(context).covariance(1, "down")
 
 
 def test_a_short_text_is_refused_with_what_was_found(folder: Path) -> None:
