@@ -237,21 +237,20 @@ def linear_budget(architecture: Architecture, dtypes: Mapping[str, str], config:
 def fixed_bytes(architecture: Architecture, dtypes: Mapping[str, str], config: Config) -> int:
     """Bytes of the decomposed model that no allocation changes, with the longest header that any can have."""
     dearest: dict[str, Choice] = {}
-    longer, mixed = 0, False
+    longer = 0
     for layer, role, name in architecture.linears():
         sizes = _sizes(architecture, layer, role, config)
         dearest[name] = max(sizes, key=sizes.__getitem__)
         shapes = {choice: layouts.packed_shape(architecture, layer, role, choice) for choice in sizes}
         entries = {choice: entry_bytes(layouts.packed(name, shape)) for choice, shape in shapes.items()}
         longer += max(entries.values()) - entries[dearest[name]]
-        mixed |= len({tuple(shape.buffers()) for shape in shapes.values()}) > 1
     tensors = layouts.decomposed(architecture, dtypes, dearest)
     files = folder_files(tensors)
-    # In one file, and with tensors of the same names, no choice has longer offsets than the dearest one; shapes may be
-    # longer, and a header is padded to eight bytes. Among several files, or with other names, tensors move to other
-    # places when the choice changes: room for offsets of any length.
+    # In one file no choice has longer offsets than the dearest one; it may have longer shapes or more tensors, and a
+    # header is padded to eight bytes. Among several files tensors move to other places when the choice changes: room
+    # for offsets of any length.
     spare = longer + -longer % 8
-    if mixed or len(files) > 1:
+    if len(files) > 1:
         spare += 2 * _OFFSET_DIGITS * len(tensors)
     return sum(files.values()) + spare - layouts.linear_bytes(tensors, architecture)
 

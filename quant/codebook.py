@@ -94,7 +94,7 @@ def _companded(values: Tensor, weights: Tensor, count: int) -> Tensor:
     many levels (Panter and Dite 1951) and saves iterations that would hardly move."""
     bins = 1024
     weight = torch.bincount((values * bins).long().clamp_(max=bins - 1), weights, minlength=bins)
-    density = (weight / weight.sum()).pow(1 / 3) + 1e-3
+    density = weight.pow(1 / 3)
     ends = density.cumsum(0)
     targets = (torch.arange(count, dtype=torch.float64, device="cpu") + 0.5) / count * ends[-1]
     index = torch.searchsorted(ends, targets)
