@@ -13,6 +13,7 @@ from solver import Choice as Option
 Table = Mapping[str, Sequence[Mapping[str, Any]]]
 """Module name to rows; a row holds the fields of a Choice, its `bytes` and its `loss`."""
 
+
 def read_allocation(body: Mapping[str, Any]) -> dict[str, Choice]:
     """Module name to Choice, from allocation.json."""
     return {name: Choice.from_json(row) for name, row in body["choices"].items()}

@@ -154,7 +154,7 @@ class _Reader:
         return Point(8 * cost / self.architecture.linear_weights(), cost, cost + self.fixed, loss)
 
     def _row(self, point: Point, allocation: Mapping[str, Choice], *, chosen: bool) -> Row:
-        tensors = layouts.decomposed(self.architecture, self.dtypes, allocation, self.config.decompose)
+        tensors = layouts.decomposed(self.architecture, self.dtypes, allocation)
         if layouts.linear_bytes(tensors, self.architecture) != point.bytes:
             raise ArtifactError(
                 f"{self.run}: the error table was measured with other settings than config.yaml has; run score again"

@@ -183,9 +183,7 @@ def choices_for(architecture: Architecture, role: str, layer: int, config: Confi
     along = rows if PRUNED_AXIS[role] == "columns" else columns
     kept = columns if along == rows else rows
     found = [
-        choice
-        for choice in settings.formats()
-        if choice.rank < min(rows, columns) and _splits(choice, kept, along)
+        choice for choice in settings.formats() if choice.rank < min(rows, columns) and _splits(choice, kept, along)
     ]
     if not found:
         raise ConfigError(
@@ -243,20 +241,21 @@ def linear_budget(architecture: Architecture, dtypes: Mapping[str, str], config:
 def fixed_bytes(architecture: Architecture, dtypes: Mapping[str, str], config: Config) -> int:
     """Bytes of the decomposed model that no allocation changes, with the longest header that any can have."""
     dearest: dict[str, Choice] = {}
-    longer, mixed = 0, False
-    for (layer, role, name), sizes in zip(architecture.linears(), choice_bytes(architecture, config).values(), strict=True):
+    longer = 0
+    sizes_of = choice_bytes(architecture, config)
+    for layer, role, name in architecture.linears():
+        sizes = sizes_of[name]
         dearest[name] = max(sizes, key=sizes.__getitem__)
         shapes = {choice: layouts.packed_shape(architecture, layer, role, choice) for choice in sizes}
         entries = {choice: entry_bytes(layouts.packed(name, shape)) for choice, shape in shapes.items()}
         longer += max(entries.values()) - entries[dearest[name]]
-        mixed |= len({tuple(shape.buffers()) for shape in shapes.values()}) > 1
     tensors = layouts.decomposed(architecture, dtypes, dearest)
     files = folder_files(tensors)
-    # In one file, and with tensors of the same names, no choice has longer offsets than the dearest one; shapes may be
-    # longer, and a header is padded to eight bytes. Among several files, or with other names, tensors move to other
-    # places when the choice changes: room for offsets of any length.
+    # In one file no choice has longer offsets than the dearest one; it may have longer shapes or more tensors, and a
+    # header is padded to eight bytes. Among several files tensors move to other places when the choice changes: room
+    # for offsets of any length.
     spare = longer + -longer % 8
-    if mixed or len(files) > 1:
+    if len(files) > 1:
         spare += 2 * _OFFSET_DIGITS * len(tensors)
     return sum(files.values()) + spare - layouts.linear_bytes(tensors, architecture)
 

@@ -19,7 +19,8 @@ _BY_STORED_ROW = ("codes", "zero_codes", "scale", "scale_codes", "scale_max")
 def packed_buffers(
     quantized: BlockQuantized, factors: Factors, shape: PackedShape, bias: Tensor | None = None
 ) -> dict[str, Tensor]:
-    """Every stored tensor of one packed linear map, from a decomposition of the stored orientation.
+    """Every stored tensor of one packed linear map, from Q in the stored orientation and
+    factors left [out, rank], right [rank, in].
 
     `bias`: [out] or None. Raises QuantError or ShapeError as `pack`.
     """
@@ -32,8 +33,8 @@ def packed_buffers(
         "scale" if choice.direct else "scale_codes": stored.values,
         "scale_max": stored.maximum,
         "scale_offset": stored.offset,
-        "lowrank_left": right.T.contiguous() if shape.transposed else left,
-        "lowrank_right": left.T.contiguous() if shape.transposed else right,
+        "lowrank_left": left,
+        "lowrank_right": right,
         "lowrank_scale": factor_scale,
         "bias": bias,
     }

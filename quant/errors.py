@@ -29,9 +29,9 @@ class Sample:
 
 @torch.no_grad()
 def sample_outputs(weight: Tensor, metric: Metric, strip: int, count: int, generator: torch.Generator) -> Sample:
-    """About `count` outputs of `weight` [m, n], in strips of `strip` neighbours: every block of the table's choices must
-    divide a strip. Half of them are the strips that hold most of the weight's loss (one output with a huge weight can
-    be most of a matrix's error), the others are drawn from the rest and stand for it. All outputs if m <= count.
+    """About `count` outputs of `weight` [m, n], in strips of `strip` neighbours, which every block of the table's choices
+    must divide. Half of them are the strips with the heaviest outputs (one output with a huge weight can be most of a
+    matrix's error), the others are drawn from the rest and stand for it. All outputs if m <= count.
     """
     m = weight.shape[0]
     if strip < 1 or m % strip:
@@ -107,7 +107,7 @@ def full_table(
     patience: int | None = 2,
 ) -> list[float]:
     """Loss of every one of `choices` after the whole decomposition, in order: LQ-LoRA's table (arXiv 2311.12023,
-    section 3.2) with patience None. Each starts from a generator seeded alike. Peak and errors: those of `decompose`."""
+    section 3.2) with patience None. Each starts from a generator seeded alike. Peak, errors: those of `decompose`."""
     return [
         decompose(
             weight,

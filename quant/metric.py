@@ -77,9 +77,7 @@ class Metric:
         """
         self._check(matrix)
         if self.covariance is None:
-            return svd_lowrank(
-                matrix, rank, generator=generator, row_weight=self.outputs, column_weight=self.inputs
-            )
+            return svd_lowrank(matrix, rank, generator=generator, row_weight=self.outputs, column_weight=self.inputs)
         if not 0 <= rank <= min(matrix.shape):
             raise ShapeError(f"rank {rank} is outside 0..{min(matrix.shape)} for a {list(matrix.shape)} matrix")
         if not bool(torch.isfinite(torch.stack(torch.aminmax(matrix))).all()):
@@ -131,4 +129,5 @@ def _floored(weight: Tensor | None) -> Tensor | None:
     if weight is None:
         return None
     largest = weight.amax()
-    return torch.where(largest > 0, weight.clamp(min=_WEIGHT_FLOOR * largest), 1.0)
+    floored: Tensor = torch.where(largest > 0, weight.clamp(min=_WEIGHT_FLOOR * largest), 1.0)
+    return floored

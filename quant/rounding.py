@@ -85,8 +85,9 @@ def quantize_compensated(
 
     The result is of the stored orientation: [out, in], or [in, out] if `transposed`, blocks along its rows. Blocks'
     scales are set when their turn comes, from weights that carry all earlier corrections, within second-level
-    parameters fixed at the start with some headroom. Not transposed, `passing.block` must be the block size. Peak: three
-    fp32 copies of `weight` beside it and one byte a weight. Raises ShapeError, QuantError, NonFiniteError as `quantize`.
+    parameters fixed at the start with some headroom. Not transposed, `passing.block` must be the block size. Peak:
+    three fp32 copies of `weight` beside it and one byte a weight. Raises ShapeError, QuantError, NonFiniteError as
+    `quantize`.
     """
     expected = None if transposed else choice.block_size
     if passing.block != expected:

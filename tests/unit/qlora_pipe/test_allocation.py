@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from prune.groups import ROLES
-from qlora_pipe.allocation import choice_of, offered, pose, read_allocation, recheck, record, row_of
+from qlora_pipe.allocation import offered, pose, read_allocation, recheck, record
 from qlora_pipe.architectures import linear_name
 from qlora_pipe.config_rules import Rule
 from qlora_pipe.errors import ArtifactError
@@ -36,7 +36,7 @@ def table(seed: int = 0) -> dict[str, list[dict[str, Any]]]:
         for role in ROLES:
             scale = 10 ** chooser.uniform(-1, 1)
             found[linear_name(layer, role)] = [
-                row_of(Choice(bits, block, 0))
+                Choice("nf", bits, block, 0).to_json()
                 | {"bytes": 100 * bits + 3200 // block, "loss": scale * chooser.uniform(0.8, 1.2) * 4.0**-bits}
                 for bits in (2, 3, 4)
                 for block in (32, 64)
@@ -49,12 +49,6 @@ def solved(rows: dict[str, list[dict[str, Any]]], budget: int, exact: bool = Tru
     problem = pose(rows, narrowed, budget)
     body = record(rows, RULES, narrowed, problem, solve(problem, exact=exact))
     return json.loads(json.dumps(body))
-
-
-def test_rows_and_configurations_are_the_same_thing() -> None:
-    choice = Choice(3, 64, 16)
-    assert choice_of(row_of(choice) | {"bytes": 7, "loss": 0.5}) == choice
-    assert set(row_of(choice)) == {"bits", "block_size", "rank"}
 
 
 @pytest.mark.parametrize("budget", [6700, 7500, 8800, 99999])

@@ -97,6 +97,14 @@ def test_first_factors_replace_the_first_fit():
     assert torch.equal(two.left, left.bfloat16())
 
 
+def test_levels_of_the_callers_own_reach_every_iteration():
+    levels = torch.linspace(-0.9, 0.8, 8)
+    choice = Choice("lloyd", 3, 32, 8)
+    result = decompose(_weight(), choice, generator=_generator(), max_iterations=3, levels=levels)
+    assert torch.equal(result.quantized.levels, levels)
+    assert result.losses != decompose(_weight(), choice, generator=_generator(), max_iterations=3).losses
+
+
 def test_same_seed_same_bits():
     one, two = (decompose(_weight(), FORMAT, generator=_generator(4)) for _ in range(2))
     assert one.losses == two.losses
