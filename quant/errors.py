@@ -29,8 +29,8 @@ class Sample:
 
 @torch.no_grad()
 def sample_outputs(weight: Tensor, metric: Metric, strip: int, count: int, generator: torch.Generator) -> Sample:
-    """About `count` outputs of `weight` [m, n], in strips of `strip` neighbours, which every block of the table's choices
-    must divide. Half of them are the strips with the heaviest outputs (one output with a huge weight can be most of a
+    """About `count` outputs of `weight` [m, n], in strips of `strip` neighbours, which every block of the choices must
+    divide. Half of them are the strips with the heaviest outputs (one output with a huge weight can be most of a
     matrix's error), the others are drawn from the rest and stand for it. All outputs if m <= count.
     """
     m = weight.shape[0]

@@ -117,7 +117,8 @@ def _leading(matrix: Tensor, covariance: Tensor, rank: int, generator: torch.Gen
     inner = matrix.T @ basis
     values, vectors = torch.linalg.eigh((inner.T @ (covariance @ inner)).double())
     order = values.argsort(descending=True)[:rank]
-    return basis @ vectors[:, order].to(basis)
+    leading: Tensor = basis @ vectors[:, order].to(basis)
+    return leading
 
 
 def _root(weight: Tensor | None, like: Tensor, size: int) -> Tensor:
