@@ -109,27 +109,40 @@ class Prune(Section):
 class Optimisation(Section):
     """What transformers' Trainer is told."""
 
-    rank: Positive = Field(16, description="rank of the adapter")
-    alpha: Rate = Field(32.0, description="the adapter is scaled by alpha / rank")
-    learning_rate: Rate = Field(5e-4, description="peak learning rate of the adapter factors")
+    learning_rate: Rate = Field(5e-4, description="peak learning rate")
     steps: Positive = Field(100, description="optimiser steps")
     batch_size: Positive = Field(4, description="rows per forward pass")
     accumulation: Positive = Field(1, description="forward passes per optimiser step")
     length: Positive = Field(256, description="most tokens per row; longer rows are cut")
     warmup: Fraction = Field(0.1, description="share of the steps that warm up")
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="learning-rate schedule")
-    weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="of the adapter factors only")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="of adapter factors only")
     clip: Rate = Field(1.0, description="largest gradient norm")
     optimizer: Literal["adamw", "adamw_8bit"] = Field("adamw", description="adamw_8bit: bitsandbytes")
     activation_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
     save_steps: Positive = Field(25, description="steps between checkpoints a killed run resumes from")
 
 
-class Train(Optimisation):
+class Refine(Optimisation):
+    """Scales, levels and low-rank factors tuned to the original's predictions on calibration text, codes fixed."""
+
+    enabled: bool = Field(False, description="true: tune them; both models are in memory together")
+    learning_rate: Rate = Field(3e-4, description="peak relative change in a step")
+    length: Positive = Field(512, description="tokens per row")
+
+
+class Adapter(Optimisation):
+    """An optimisation of LoRA factors."""
+
+    rank: Positive = Field(16, description="rank of the adapter")
+    alpha: Rate = Field(32.0, description="the adapter is scaled by alpha / rank")
+
+
+class Train(Adapter):
     """Slot T: additive LoRA on the sliced Q + L1 L2."""
 
 
-class Compact(Optimisation):
+class Compact(Adapter):
     """L4Q on the pruned original weights: what was trained is the integer model that is shipped."""
 
     enabled: bool = Field(True, description="false: only the adapter for the full model is made")
@@ -185,6 +198,7 @@ class Config(Section):
     data: Data
     calibrate: Calibrate = Field(default_factory=Calibrate)
     decompose: Decompose = Field(default_factory=Decompose)
+    refine: Refine = Field(default_factory=Refine)
     prune: Prune = Field(default_factory=Prune)
     train: Train = Field(default_factory=Train)
     compact: Compact = Field(default_factory=Compact)

@@ -23,6 +23,7 @@ CHAIN = (
     "score",
     "allocate",
     "decompose",
+    "refine",
     "prune",
     "train",
     "compact",
@@ -75,10 +76,16 @@ class Known:
     def pruned(self) -> layouts.Tensors:
         return layouts.decomposed(self.small, self.dtypes, self.small_allocation)
 
+    @property
+    def full_packed(self) -> str:
+        """The stage whose artifact is the full decomposed model."""
+        return "refine" if self.config.refine.enabled else "decompose"
+
     def packed_shape(self, stage: str, layer: int, role: str) -> PackedShape:
-        """How decompose or prune stores one linear map."""
+        """How decompose, refine or prune stores one linear map."""
         architecture, allocation = {
             "decompose": (self.architecture, self.allocation),
+            "refine": (self.architecture, self.allocation),
             "prune": (self.small, self.small_allocation),
         }[stage]
         return layouts.packed_shape(architecture, layer, role, allocation[linear_name(layer, role)])
@@ -107,7 +114,7 @@ class Known:
         config = self.config
         if stage == "calibrate":
             return {"moments": self.moments()}
-        if stage == "decompose":
+        if stage == "decompose" or (stage == "refine" and config.refine.enabled):
             return {"model": self.decomposed()}
         if stage == "prune":
             return {"model": self.pruned()}
@@ -147,19 +154,20 @@ class Known:
     def _reads(self, stage: str) -> tuple[str, ...]:
         """Whose weights a stage reads; `source` stands for the original model."""
         compact = ("compact",) if self.config.compact.enabled else ()
-        deployed = ("decompose",) if self.config.recover.base == "decomposed" else ()
+        deployed = (self.full_packed,) if self.config.recover.base == "decomposed" else ()
         trained = compact or ("prune", "train")
         found: dict[str, tuple[str, ...]] = {
             "source": ("source",),
             "calibrate": ("source",),
             "score": ("source", "calibrate"),
             "decompose": ("source", "calibrate"),
-            "prune": ("decompose", "calibrate"),
+            "refine": ("source", "decompose") if self.config.refine.enabled else (),
+            "prune": (self.full_packed, "calibrate"),
             "train": ("prune",),
             "compact": ("source", "train") if compact else (),
             "recover": ("source", "prune", "train", *compact, *deployed),
             "export": ("source", "recover", *trained, *deployed),
-            "evaluate": ("source", "decompose", "prune", "train", *compact, "recover"),
+            "evaluate": ("source", self.full_packed, "prune", "train", *compact, "recover"),
         }
         return found.get(stage, ())
 

@@ -7,6 +7,7 @@ Each figure is a sum of parts with a name: the libraries, weights that stay, wha
 import math
 from dataclasses import dataclass
 
+from prune.groups import shape_of
 from qlora_pipe import layouts
 from qlora_pipe.architectures import EMBEDDING, SITES, Architecture
 from qlora_pipe.config import Optimisation
@@ -69,6 +70,10 @@ def _work(stage: str, known: Known) -> _Work:
         return _Work(_calibration(known), stream)
     if stage in ("score", "decompose", "prune"):
         return _Work(0, matrix if stage == "score" else max(matrix, stream))
+    if stage == "refine" and config.refine.enabled:
+        packed = layouts.tensor_bytes(known.decomposed())
+        models = packed + _dense(known, full) + (_TRAINED_COPIES + 1) * _tuned(known)
+        return _Work(models + _pass(known, full, config.refine, 0), stream)
     if stage == "train":
         packed = layouts.tensor_bytes(known.pruned())
         return _Work(packed + _TRAINED_COPIES * adapter + _batch(known, config.train), stream)
@@ -111,15 +116,30 @@ def _parameters(architecture: Architecture) -> int:
     return sum(math.prod(shape) for shape in architecture.tensors().values())
 
 
+def _tuned(known: Known) -> int:
+    """fp32 scales and low-rank factors of the full model, which refine tunes."""
+    found = 0
+    for layer, role, name in known.architecture.linears():
+        rows, columns = shape_of(role, known.architecture.layers[layer])
+        choice = known.allocation[name]
+        found += rows * columns // choice.block_size + choice.rank * (rows + columns)
+    return _FLOAT * found
+
+
 def _batch(known: Known, settings: Optimisation) -> int:
-    """Activations and head of one training batch, every row at its longest."""
-    tokens = settings.batch_size * settings.length
+    """Activations and head of one training batch of adapters, every row at its longest."""
     small = known.small
     adapted = sum(2 * shape.hidden + shape.ffn + 7 * known.compact_rank() for shape in small.layers)
+    return _pass(known, small, settings, adapted)
+
+
+def _pass(known: Known, model: Architecture, settings: Optimisation, adapted: int) -> int:
+    """Activations of one forward and backward pass; `adapted`: numbers kept for trained maps, per token."""
+    tokens = settings.batch_size * settings.length
     if settings.activation_checkpointing:
-        per_layer = _kept(small, tokens, known) // len(small.layers)
-        return _FLOAT * tokens * small.hidden * len(small.layers) + 2 * per_layer + _head(known, tokens)
-    return _kept(small, tokens, known) + _held(_FLOAT * tokens * adapted, known) + _head(known, tokens)
+        per_layer = _kept(model, tokens, known) // len(model.layers)
+        return _FLOAT * tokens * model.hidden * len(model.layers) + 2 * per_layer + _head(known, tokens)
+    return _kept(model, tokens, known) + _held(_FLOAT * tokens * adapted, known) + _head(known, tokens)
 
 
 def _kept(architecture: Architecture, tokens: int, known: Known) -> int:

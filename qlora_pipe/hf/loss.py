@@ -55,6 +55,21 @@ def summed_loss(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
     return total
 
 
+def summed_divergence(model: PreTrainedModel, teacher: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
+    """Summed Kullback-Leibler divergence of the model's next-token predictions from the teacher's, over the positions
+    whose label is not IGNORED, a scalar; differentiable in the model. Peak bytes: as `summed_loss`, twice."""
+    keep = batch["labels"][:, 1:] != IGNORED
+    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "use_cache": False}
+    with torch.no_grad():
+        wanted = teacher.model(**inputs).last_hidden_state[:, :-1][keep]
+    states = model.model(**inputs).last_hidden_state[:, :-1][keep]
+    total = states.new_zeros(())
+    for start in range(0, len(states), HEAD_ROWS):
+        part = slice(start, start + HEAD_ROWS)
+        total = total + checkpoint(_head_divergence, model, teacher, states[part], wanted[part], use_reentrant=False)
+    return total
+
+
 def score(model: PreTrainedModel, rows: Sequence[Row], *, batch_tokens: int = EVALUATION_TOKENS) -> Score:
     """Score of a model on rows, in batches of like length with about `batch_tokens` tokens; StageError on a NaN."""
     device = next(model.parameters()).device
@@ -74,7 +89,17 @@ def score(model: PreTrainedModel, rows: Sequence[Row], *, batch_tokens: int = EV
 
 
 def _head_loss(head: nn.Module, cap: float | None, states: Tensor, wanted: Tensor) -> Tensor:
-    logits = head(states).float()
-    if cap:
-        logits = cap * torch.tanh(logits / cap)
-    return functional.cross_entropy(logits, wanted, reduction="sum")
+    return functional.cross_entropy(_logits(head, cap, states), wanted, reduction="sum")
+
+
+def _head_divergence(model: PreTrainedModel, teacher: PreTrainedModel, states: Tensor, wanted: Tensor) -> Tensor:
+    cap = getattr(model.config, "final_logit_softcapping", None)
+    found = _logits(model.get_output_embeddings(), cap, states).log_softmax(dim=-1)
+    with torch.no_grad():
+        target = _logits(teacher.get_output_embeddings(), cap, wanted).log_softmax(dim=-1)
+    return functional.kl_div(found, target, reduction="sum", log_target=True)
+
+
+def _logits(head: nn.Module, cap: float | None, states: Tensor) -> Tensor:
+    logits: Tensor = head(states).float()
+    return cap * torch.tanh(logits / cap) if cap else logits

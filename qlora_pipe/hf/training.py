@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,9 @@ from qlora_pipe.hf.loss import summed_loss
 from qlora_pipe.hf.tokens import Row, collate
 from quant.fakequant import L4QLinear
 
+SummedLoss = Callable[[PreTrainedModel, dict[str, Tensor]], Tensor]
+"""(model, batch) to the loss summed over the scored tokens of the batch."""
+
 _SLOTS = "slots.safetensors"
 _WHOLE = "whole.json"
 _OPTIMIZERS = {"adamw": "adamw_torch", "adamw_8bit": "adamw_bnb_8bit"}
@@ -43,12 +46,13 @@ def train(
     device: str,
     reporter: Reporter,
     step_rate: float | None = None,
+    loss: SummedLoss = summed_loss,
 ) -> list[dict[str, float]]:
     """Train every parameter that requires a gradient; returns the log, one {step, loss, ...} per optimiser step.
 
-    Parameters named `scale` or `offset` (L4Q step sizes) learn at `step_rate` and do not decay. Goes on from the last
-    whole checkpoint in `work`. Peak bytes: the model, four fp32 copies of the trained parameters (value, gradient, two
-    moments), activations of one batch.
+    `loss` is summed over the scored tokens of a batch. Parameters named `scale` or `offset` (L4Q step sizes) learn at
+    `step_rate` and do not decay. Goes on from the last whole checkpoint in `work`. Peak bytes: the model, four fp32
+    copies of the trained parameters (value, gradient, two moments), activations of one batch.
     """
     with ExitStack() as stack:
         trainer = _SlotTrainer(
@@ -60,6 +64,7 @@ def train(
         )
         trainer.remove_callback(PrinterCallback)
         trainer.step_rate = step_rate
+        trainer.summed = loss
         trainer.train(resume_from_checkpoint=_last_whole_checkpoint(work))
     _check_finite(model, settings.steps)
     keep = ("step", "loss", "learning_rate", "grad_norm")
@@ -103,6 +108,7 @@ class _SlotTrainer(Trainer):
     """Saves and loads the trained parameters only; the frozen base is on disk already."""
 
     step_rate: float | None = None
+    summed: SummedLoss
     optimizer: torch.optim.Optimizer | None
 
     def compute_loss(
@@ -114,7 +120,7 @@ class _SlotTrainer(Trainer):
     ) -> Any:
         """Mean over the scored tokens of the whole optimiser step, so that accumulation changes nothing."""
         count = (inputs["labels"][:, 1:] >= 0).sum() if num_items_in_batch is None else num_items_in_batch
-        loss = summed_loss(self.accelerator.unwrap_model(model), inputs) / count
+        loss = self.summed(self.accelerator.unwrap_model(model), inputs) / count
         if not torch.isfinite(loss):
             raise StageError(
                 f"the loss is {loss.item()} at step {self.state.global_step + 1}; the last whole checkpoint "

@@ -26,7 +26,7 @@ def run(context: Context) -> None:
     for module in modules.values():
         for parameter in (module.lora_a, module.lora_b, module.scale):
             parameter.requires_grad_()
-    log = fit(context, model, settings, settings.step_rate)
+    log = fit(context, model, context.config.data.task, settings, settings.step_rate)
     _write(context, modules)
     context.write_json("history.json", log)
 

@@ -96,7 +96,7 @@ def _sizes(context: Context) -> dict[str, dict[str, Any]]:
         return {"bits_per_weight": bits, "bytes": files}
 
     full, small = known.architecture.linear_weights(), known.small.linear_weights()
-    decomposed, pruned = sum(known.files("decompose").values()), sum(known.files("prune").values())
+    decomposed, pruned = sum(known.files(known.full_packed).values()), sum(known.files("prune").values())
     extra_small = layouts.tensor_bytes(known.adapter())
     extra_full = layouts.tensor_bytes(known.full_adapter())
     found = {
@@ -115,7 +115,7 @@ def _sizes(context: Context) -> dict[str, dict[str, Any]]:
 STAGE = Stage(
     "evaluate",
     1,
-    ("source", "allocate", "decompose", "prune", "train", "compact", "recover"),
+    ("source", "allocate", "decompose", "refine", "prune", "train", "compact", "recover"),
     lambda config: (
         computing(config)
         | config.evaluate.model_dump(mode="json")

@@ -65,7 +65,7 @@ def _merged(context: Context, factor: float) -> Read:
     if context.config.recover.base == "original":
         dense: Read = context.base_reader.read_float
     else:
-        dense = _dequantised(context, "decompose", full)
+        dense = _dequantised(context, context.known.full_packed, full)
     return _adapted(dense, full, context.reader("recover", "adapter"), factor)
 
 
@@ -119,7 +119,7 @@ def _small(context: Context) -> Read:
 STAGE = Stage(
     "export",
     1,
-    ("source", "allocate", "decompose", "prune", "train", "compact", "recover"),
+    ("source", "allocate", "decompose", "refine", "prune", "train", "compact", "recover"),
     lambda config: (
         config.export.model_dump(mode="json")
         | {"compact": config.compact.enabled, "base": config.recover.base, "alpha": config.train.alpha}

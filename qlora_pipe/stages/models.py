@@ -13,11 +13,12 @@ from qlora_pipe.artifacts.tensors import TensorReader
 from qlora_pipe.hf.layers import LayerStream
 from qlora_pipe.hf.model import AdaptedLinear, LinearOf, Model, build, dense_linear, load_config
 from qlora_pipe.stages.base import Context
-from qlora_pipe.stages.packing import read_factors, read_packed
+from qlora_pipe.stages.packing import read_buffers, read_factors, read_packed
 from quant.fakequant import L4QLinear
 from quant.grid import dequantize, to_signed
 from quant.linear import PackedLinear
 from quant.pack import unpack
+from quant.tunable import TunableLinear
 
 Wrap = Callable[[int, str, str, nn.Module], nn.Module]
 """(layer, role, name, linear map) to what takes its place."""
@@ -44,7 +45,23 @@ def base_layers(context: Context) -> LayerStream:
 
 def decomposed_model(context: Context, wrap: Wrap | None = None) -> Model:
     """The full model with weights Q + L1 L2, made dense layer by layer. Peak bytes: the dense model."""
-    return _from_packed(context, "decompose", context.known.architecture, wrap, dense=True)
+    return _from_packed(context, context.known.full_packed, context.known.architecture, wrap, dense=True)
+
+
+def tunable_model(context: Context) -> Model:
+    """The full model with weights Q + L1 L2 whose scales, levels and factors can be tuned. Peak bytes: the packed model
+    with fp32 scales and factors, and their changes."""
+    reader, known = context.reader("decompose"), context.known
+
+    def linear(layer: int, role: str, name: str) -> nn.Module:
+        shape = known.packed_shape("decompose", layer, role)
+        return TunableLinear(shape, read_buffers(reader.read, name, shape))
+
+    model = _build(context, known.architecture, linear, reader, None)
+    for module in model.modules():
+        if isinstance(module, TunableLinear):
+            module.tune()
+    return model
 
 
 def pruned_model(context: Context, wrap: Wrap | None = None, *, dense: bool = True) -> Model:

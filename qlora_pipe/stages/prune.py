@@ -32,7 +32,7 @@ def run(context: Context) -> None:
     except PruneError as error:
         raise ConfigError(f"prune: {error}") from error
     context.write_json("kept.json", kept.to_json())
-    reader = context.reader("decompose")
+    reader = context.reader(context.known.full_packed)
     with context.writer(known.pruned()) as writer:
         for layer, role, name in known.architecture.linears():
             shape = known.packed_shape("decompose", layer, role)
@@ -48,12 +48,12 @@ def _scores(context: Context) -> list[dict[str, Tensor]]:
     """Group scores of every layer, from the weights the model really has: Q + L1 L2."""
     config, known = context.config, context.known
     generator = torch.Generator().manual_seed(config.seed)
-    reader = context.reader("decompose")
+    reader = context.reader(context.known.full_packed)
     found = []
     moments = context.reader("calibrate", "moments")
 
     def weight(layer: int, role: str) -> Tensor:
-        return packed_map(context, reader, "decompose", layer, role).dequantized()
+        return packed_map(context, reader, known.full_packed, layer, role).dequantized()
 
     with context.reporter.progress("scoring groups", len(known.architecture.layers)) as advance:
         for layer, shape in enumerate(known.architecture.layers):
@@ -77,7 +77,7 @@ def _scores(context: Context) -> list[dict[str, Tensor]]:
 STAGE = Stage(
     "prune",
     2,
-    ("calibrate", "allocate", "decompose"),
+    ("calibrate", "allocate", "decompose", "refine"),
     lambda config: {"seed": config.seed} | config.prune.model_dump(mode="json"),
     run,
 )

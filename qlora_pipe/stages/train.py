@@ -3,10 +3,11 @@
 import torch
 
 from qlora_pipe import datasets, layouts
-from qlora_pipe.config import Optimisation
+from qlora_pipe.config import Dataset, Optimisation
+from qlora_pipe.hf.loss import summed_loss
 from qlora_pipe.hf.model import Model
 from qlora_pipe.hf.tokens import load_tokenizer, rows
-from qlora_pipe.hf.training import train
+from qlora_pipe.hf.training import SummedLoss, train
 from qlora_pipe.stages.base import Context, Stage, computing
 from qlora_pipe.stages.models import packed_modules, pruned_model
 
@@ -19,7 +20,7 @@ def run(context: Context) -> None:
     modules = packed_modules(model)
     for module in modules.values():
         module.attach_adapter(settings.rank, settings.alpha, generator)
-    log = fit(context, model, settings)
+    log = fit(context, model, context.config.data.task, settings)
     with context.writer(layouts.adapter(context.known.small, settings.rank), stem="adapter") as writer:
         for name, module in modules.items():
             assert module.task_a is not None
@@ -30,10 +31,14 @@ def run(context: Context) -> None:
 
 
 def fit(
-    context: Context, model: Model, settings: Optimisation, step_rate: float | None = None
+    context: Context,
+    model: Model,
+    dataset: Dataset,
+    settings: Optimisation,
+    step_rate: float | None = None,
+    loss: SummedLoss = summed_loss,
 ) -> list[dict[str, float]]:
-    """Train what requires a gradient on the first rows of the task's training part; the log of the steps."""
-    dataset = context.config.data.task
+    """Train what requires a gradient on the first rows of the data set's training part; the log of the steps."""
     records = datasets.load(dataset, "train", context.config.seed)
     count = settings.steps * settings.batch_size * settings.accumulation
     tokenizer = load_tokenizer(context.base)
@@ -46,6 +51,7 @@ def fit(
         device=context.config.device,
         reporter=context.reporter,
         step_rate=step_rate,
+        loss=loss,
     )
 
 
