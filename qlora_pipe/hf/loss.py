@@ -55,7 +55,7 @@ def summed_loss(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
     return total
 
 
-def summed_divergence(model: PreTrainedModel, teacher: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
+def summed_divergence(teacher: PreTrainedModel, model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
     """Summed Kullback-Leibler divergence of the model's next-token predictions from the teacher's, over the positions
     whose label is not IGNORED, a scalar; differentiable in the model. Peak bytes: as `summed_loss`, twice."""
     keep = batch["labels"][:, 1:] != IGNORED

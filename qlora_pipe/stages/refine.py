@@ -22,9 +22,7 @@ def run(context: Context) -> None:
         context.write_json("skipped.json", {"reason": "refine.enabled is false"})
         return
     model, teacher = tunable_model(context), base_model(context)
-    log = fit(
-        context, model, context.config.data.calibration, settings, loss=partial(summed_divergence, teacher=teacher)
-    )
+    log = fit(context, model, context.config.data.calibration, settings, loss=partial(summed_divergence, teacher))
     with context.writer(known.decomposed()) as writer:
         for _, _, name in known.architecture.linears():
             for buffer, tensor in _tuned(model, name).packed().items():
