@@ -152,8 +152,11 @@ def _run(config: Path, overrides: tuple[str, ...], log_json: bool, until: str, s
 
     from qlora_pipe.compile import compile_model
     from qlora_pipe.events import Reporter
+    from qlora_pipe.ranks import rank
 
     compile_model(settings, Reporter(json_lines=log_json), until=until, start=start)
+    if rank():
+        return
     from qlora_pipe.report import show_results, write_report
 
     assert settings.run is not None

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qlora_pipe import datasets
+from qlora_pipe import datasets, ranks
 from qlora_pipe.allocation import read_allocation
 from qlora_pipe.artifacts.manifest import Manifest, digest, file_digest
 from qlora_pipe.artifacts.store import Artifact, Store, Ticket
 from qlora_pipe.config import Config
 from qlora_pipe.config_file import resolved_yaml
-from qlora_pipe.errors import ArtifactError, StageError
+from qlora_pipe.errors import ArtifactError, ConfigError, StageError
 from qlora_pipe.events import Reporter
 from qlora_pipe.hf.model import check_device
 from qlora_pipe.hf.source import fetch
@@ -61,16 +61,35 @@ def compile_model(
     """Run the chain up to `until`; what is there and whole is not done again.
 
     With `start`, earlier stages must be done already and `start` and all after it are made anew. Raises a
-    QloraPipeError for everything the user can mend. Artifacts by stage name.
+    QloraPipeError for everything the user can mend. Artifacts by stage name; of several processes (torchrun), which
+    share the layers of score and decompose, rank 0 alone writes and has them.
     """
     assert config.run is not None
+    ranks.start()
+    if ranks.count() > 1 and CHAIN.index(until) > CHAIN.index("decompose"):
+        raise ConfigError(
+            f"expected one process for {until}, found {ranks.count()}; several share score and decompose: run "
+            "decompose with them, and the rest with one"
+        )
     check_device(config.device)
+    if ranks.rank():
+        _work(reporter)
+        return {}
     store = Store(Path(config.run))
     with store.lock():
         run = _Run(config, reporter, store)
         for stage in STAGES[: CHAIN.index(until) + 1]:
             run.perform(stage, afresh=start is not None and CHAIN.index(stage.name) >= CHAIN.index(start), start=start)
+        ranks.send(None)
         return run.artifacts
+
+
+def _work(reporter: Reporter) -> None:
+    """What every process but rank 0 does: its share of the stages that are shared, until there are no more."""
+    shared = {stage.name: stage.work for stage in STAGES if stage.work is not None}
+    while (order := ranks.receive()) is not None:
+        name, seen = order
+        shared[name](Context(**seen, reporter=reporter))
 
 
 @dataclass
@@ -136,17 +155,18 @@ class _Run:
     def _make(self, stage: Stage, ticket: Ticket) -> Artifact:
         planned = self.known.files(stage.name)
         with Meter() as meter, self.store.writing(ticket) as out:
-            context = Context(
-                config=self.config,
-                known=self.known,
-                base=self.base,
-                inputs={name: self.artifacts[name] for name in stage.inputs},
-                out=out,
-                work=self.store.work(ticket),
-                reporter=self.reporter,
-            )
+            seen: dict[str, Any] = {
+                "config": self.config,
+                "known": self.known,
+                "base": self.base,
+                "inputs": {name: self.artifacts[name] for name in stage.inputs},
+                "out": out,
+                "work": self.store.work(ticket),
+            }
+            if stage.work is not None:
+                ranks.send((stage.name, seen))
             try:
-                stage.run(context)
+                stage.run(Context(**seen, reporter=self.reporter))
             except QuantError as error:
                 raise StageError(f"{stage.name}: {error}") from error
             artifact = self.store.commit(ticket, out, planned)

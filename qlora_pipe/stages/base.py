@@ -74,6 +74,8 @@ class Stage:
     settings: Callable[[Config], dict[str, Any]]
     run: Callable[[Context], None]
     data: Callable[[Config], dict[str, Dataset]] = lambda config: {}
+    work: Callable[[Context], None] | None = None
+    """What other processes do while rank 0 is in `run`, for a stage that shares its layers; see qlora_pipe.ranks."""
 
 
 def computing(config: Config) -> dict[str, Any]:

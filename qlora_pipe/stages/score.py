@@ -1,14 +1,23 @@
 """score: the error table, what every configuration would cost in quality and in bytes."""
 
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, TypeVar
+
 import torch
 
 from prune.groups import PRUNED_AXIS
-from qlora_pipe import layouts
+from qlora_pipe import layouts, ranks
 from qlora_pipe.known import choices_for
 from qlora_pipe.stages.base import Context, Stage
 from qlora_pipe.stages.moments import Moments
 from quant.errors import error_table, full_table
 from quant.storage import Choice
+
+Matrix = tuple[int, tuple[int, str, str]]
+"""Its number in the model, which seeds it, and (layer, role, name)."""
+
+T = TypeVar("T")
 
 SEARCH = ("budget", "ties", "rules", "time_limit")
 """Settings of the allocation, which no entry of the table depends on."""
@@ -16,24 +25,46 @@ SEARCH = ("budget", "ties", "rules", "time_limit")
 
 def run(context: Context) -> None:
     """One matrix at a time, read from disk. Peak bytes: one matrix and a few temporaries of its size."""
-    architecture, moments = context.known.architecture, Moments(context)
     table = {}
     with context.reporter.progress("measuring errors", len(context.known.allocation)) as advance:
-        for number, (layer, role, name) in enumerate(architecture.linears()):
-            choices = choices_for(architecture, role, layer, context.config)
-            losses = _losses(context, moments, number, layer, role, name, choices)
-            table[name] = [
-                choice.to_json()
-                | {"bytes": layouts.packed_bytes(layouts.packed_shape(architecture, layer, role, choice)), "loss": loss}
-                for choice, loss in zip(choices, losses, strict=True)
-            ]
-            advance()
+        for entries in _entries(context):
+            for name, rows in entries:
+                table[name] = rows
+                advance()
     context.write_json("table.json", table)
 
 
-def _losses(
-    context: Context, moments: Moments, number: int, layer: int, role: str, name: str, choices: list[Choice]
-) -> list[float]:
+Entry = tuple[str, list[dict[str, Any]]]
+"""Name and rows of one matrix."""
+
+
+def _entries(context: Context) -> Iterator[list[Entry]]:
+    """Entries of every layer, in order."""
+    return by_layer(context, partial(_rows, context, Moments(context)))
+
+
+def by_layer(context: Context, function: Callable[[Matrix], T]) -> Iterator[list[T]]:
+    """`function` of all matrices, a layer at a time, each layer on one of the processes: its matrices share inputs."""
+    count = len(context.known.architecture.layers)
+    matrices: list[Matrix] = list(enumerate(context.known.architecture.linears()))
+    layers = [[matrix for matrix in matrices if matrix[1][0] == layer] for layer in range(count)]
+    return ranks.share(lambda layer: [function(matrix) for matrix in layer], layers)
+
+
+def _rows(context: Context, moments: Moments, matrix: Matrix) -> Entry:
+    architecture = context.known.architecture
+    _, (layer, role, name) = matrix
+    choices = choices_for(architecture, role, layer, context.config)
+    sizes = [layouts.packed_bytes(layouts.packed_shape(architecture, layer, role, choice)) for choice in choices]
+    losses = _losses(context, moments, matrix, choices)
+    return name, [
+        choice.to_json() | {"bytes": size, "loss": loss}
+        for choice, size, loss in zip(choices, sizes, losses, strict=True)
+    ]
+
+
+def _losses(context: Context, moments: Moments, matrix: Matrix, choices: list[Choice]) -> list[float]:
+    number, (layer, role, name) = matrix
     settings, seed = context.config.decompose, seed_of(context, number)
     weight = context.base_reader.read_float(f"{name}.weight")
     metric, passing = moments.metric(layer, role), moments.passing(layer, role, choices)
@@ -60,6 +91,12 @@ def _losses(
     )
 
 
+def exhaust(results: Iterator[Any]) -> None:
+    """What a process does whose results go to rank 0."""
+    for _ in results:
+        raise AssertionError("results are rank 0's alone")
+
+
 def seed_of(context: Context, number: int) -> int:
     """The seed of one matrix."""
     return context.config.seed * 1_000_003 + number
@@ -71,4 +108,5 @@ STAGE = Stage(
     ("source", "calibrate"),
     lambda config: {"seed": config.seed} | config.decompose.model_dump(mode="json", exclude=set(SEARCH)),
     run,
+    work=lambda context: exhaust(_entries(context)),
 )

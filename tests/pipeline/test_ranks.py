@@ -1,0 +1,51 @@
+"""Two processes under torchrun make the same bytes as one, and refuse what they do not share."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny import save_settings, save_texts, save_tiny_model
+
+from qlora_pipe.artifacts.manifest import read_manifest
+from qlora_pipe.compile import compile_model
+from qlora_pipe.config_file import load
+from qlora_pipe.events import Reporter
+from qlora_pipe.verify import verify_path
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("ranks")
+    save_tiny_model(folder / "model", num_hidden_layers=3)
+    save_texts(folder)
+    return save_settings(folder)
+
+
+def torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "default"}
+    return subprocess.run(
+        [*command, "-m", "qlora_pipe", *arguments], capture_output=True, text=True, env=environment, check=False
+    )
+
+
+def test_two_processes_make_the_bytes_of_one(config: Path) -> None:
+    alone, together = config.parent / "alone", config.parent / "together"
+    compile_model(load(config, (f"run={alone}",)), Reporter(json_lines=True), until="decompose")
+    done = torchrun("decompose", str(config), "--set", f"run={together}", "--log-json")
+    assert done.returncode == 0, done.stderr
+    for stage in ("calibrate", "score", "allocate", "decompose"):
+        assert read_manifest(together / stage).files == read_manifest(alone / stage).files
+    verify_path(together)
+    # One rank speaks, so every stage is told of once.
+    made = [json.loads(line) for line in done.stderr.splitlines() if line.startswith('{"time"')]
+    assert [event["stage"] for event in made if event["event"] == "made"].count("score") == 1
+
+
+def test_stages_that_are_not_shared_are_refused(config: Path) -> None:
+    refused = torchrun("prune", str(config), "--set", f"run={config.parent / 'refused'}")
+    assert refused.returncode != 0
+    assert "expected one process for prune, found 2" in refused.stderr
