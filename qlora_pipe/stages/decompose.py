@@ -1,8 +1,14 @@
-"""decompose: W = Q + L1 L2 in the chosen configuration, matrix by matrix from disk to disk."""
+"""decompose: W = Q + L1 L2 in the chosen configuration, matrix by matrix from disk to disk.
+
+The artifact is a Hugging Face folder: transformers loads it as it stands once qlora_pipe is imported.
+"""
 
 import torch
 
 from qlora_pipe import layouts
+from qlora_pipe.exporters.packed import write_packed_settings
+from qlora_pipe.packed_config import Packing
+from qlora_pipe.sources import read_config
 from qlora_pipe.stages.base import Context, Stage
 from qlora_pipe.stages.moments import Moments
 from qlora_pipe.stages.score import SEARCH, seed_of
@@ -13,7 +19,7 @@ from quant.decompose import decompose
 def run(context: Context) -> None:
     """Peak bytes: one matrix in fp32 and a few temporaries of its size."""
     known, settings, moments = context.known, context.config.decompose, Moments(context)
-    losses = {}
+    losses, packings = {}, {}
     with (
         context.writer(known.decomposed()) as writer,
         context.reporter.progress("decomposing", len(known.allocation)) as advance,
@@ -36,16 +42,18 @@ def run(context: Context) -> None:
             factors = (result.left, result.right, result.factor_scale)
             for buffer, tensor in packed_buffers(result.quantized, factors, shape, bias).items():
                 writer.write(f"{name}.{buffer}", tensor)
+            packings[name] = Packing(choice, shape.transposed)
             losses[name] = {"choice": choice.name, "loss": result.loss, "iterations": len(result.losses)}
             advance()
         for name in known.architecture.others():
             writer.write(name, context.base_reader.read(name))
+    write_packed_settings(context.out, packings, config=read_config(context.base), base=context.base)
     context.write_json("decomposition.json", losses)
 
 
 STAGE = Stage(
     "decompose",
-    3,
+    4,
     ("source", "calibrate", "allocate"),
     lambda config: {"seed": config.seed} | config.decompose.model_dump(mode="json", exclude=set(SEARCH)),
     run,
