@@ -116,7 +116,7 @@ class PackedLinear(nn.Module):
             raise QuantError("an adapter is already attached to this layer")
         task_a = torch.empty(rank, self.shape.in_features, dtype=torch.float32, device=generator.device)
         nn.init.kaiming_uniform_(task_a, a=math.sqrt(5), generator=generator)
-        device = self.get_buffer("codes").device
+        device = self.qweight.device
         self.task_a = nn.Parameter(task_a.to(device))
         self.task_b = nn.Parameter(torch.zeros(self.shape.out_features, rank, dtype=torch.float32, device=device))
         self.task_scale = alpha / rank
@@ -135,6 +135,11 @@ class PackedLinear(nn.Module):
             hidden = F.linear(x, self.task_a.to(x.dtype))
             y = y + self.task_scale * F.linear(hidden, self.task_b.to(x.dtype))
         return y
+
+    @property
+    def qweight(self) -> Tensor:
+        """The packed codes, under the name by which adapter libraries find where a quantised layer lives."""
+        return self.get_buffer("codes")
 
     @torch.no_grad()
     def dequantized(self, include_lowrank: bool = True) -> Tensor:

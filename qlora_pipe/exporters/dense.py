@@ -35,7 +35,12 @@ def write_dense(
                 raise WeightError(f"tensor {name} overflows {dtype}; set export.dtype to bfloat16 or float32")
             writer.write(name, tensor)
             del tensor  # before the next one is read
-    (folder / "config.json").write_text(json.dumps(config | {"dtype": dtype}, indent=2) + "\n")
+    write_settings(folder, config | {"dtype": dtype}, base)
+
+
+def write_settings(folder: Path, config: dict[str, Any], base: Path) -> None:
+    """config.json, and the tokenizer and generation defaults of `base`."""
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     for path in sorted(base.iterdir()):
         if is_tokenizer(path):
             shutil.copyfile(path, folder / path.name)

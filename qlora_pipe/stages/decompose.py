@@ -1,4 +1,7 @@
-"""decompose: W = Q + L1 L2 in the chosen configuration, matrix by matrix from disk to disk."""
+"""decompose: W = Q + L1 L2 in the chosen configuration, matrix by matrix from disk to disk.
+
+The artifact is a Hugging Face folder: transformers loads it as it stands once qlora_pipe is imported.
+"""
 
 from collections.abc import Iterator
 from functools import partial
@@ -10,6 +13,7 @@ from torch import Tensor
 from qlora_pipe import layouts
 from qlora_pipe.stages.base import Context, Stage
 from qlora_pipe.stages.moments import Moments
+from qlora_pipe.stages.packing import write_packed_model
 from qlora_pipe.stages.score import SEARCH, Matrix, by_layer, exhaust, seed_of
 from quant.buffers import packed_buffers
 from quant.decompose import decompose
@@ -17,21 +21,19 @@ from quant.decompose import decompose
 
 def run(context: Context) -> None:
     """Peak bytes: one matrix in fp32, a few temporaries of its size, and the packed maps of one layer."""
-    known = context.known
-    losses = {}
-    with (
-        context.writer(known.decomposed()) as writer,
-        context.reporter.progress("decomposing", len(known.allocation)) as advance,
-    ):
+    figures: dict[str, dict[str, Any]] = {}
+    write_packed_model(context, _maps(context, figures))
+    context.write_json("decomposition.json", figures)
+
+
+def _maps(context: Context, figures: dict[str, dict[str, Any]]) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """Name and buffers of every matrix, in order; its figures go to `figures`."""
+    with context.reporter.progress("decomposing", len(context.known.allocation)) as advance:
         for layer in _decomposed(context):
-            for name, buffers, facts in layer:
-                for buffer, tensor in buffers.items():
-                    writer.write(f"{name}.{buffer}", tensor)
-                losses[name] = facts
+            for name, buffers, found in layer:
+                figures[name] = found
+                yield name, buffers
                 advance()
-        for name in known.architecture.others():
-            writer.write(name, context.base_reader.read(name))
-    context.write_json("decomposition.json", losses)
 
 
 Decomposed = tuple[str, dict[str, Tensor], dict[str, Any]]
@@ -65,7 +67,7 @@ def _one(context: Context, moments: Moments, matrix: Matrix) -> Decomposed:
 
 STAGE = Stage(
     "decompose",
-    3,
+    4,
     ("source", "calibrate", "allocate"),
     lambda config: {"seed": config.seed} | config.decompose.model_dump(mode="json", exclude=set(SEARCH)),
     run,

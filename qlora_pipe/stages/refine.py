@@ -8,6 +8,7 @@ from qlora_pipe.config import Config
 from qlora_pipe.hf.loss import summed_divergence
 from qlora_pipe.stages.base import Context, Stage, computing
 from qlora_pipe.stages.models import base_model, tunable_model
+from qlora_pipe.stages.packing import write_packed_model
 from qlora_pipe.stages.train import fit
 from quant.tunable import TunableLinear
 
@@ -17,18 +18,14 @@ def run(context: Context) -> None:
 
     Peak bytes: the original model, the packed one, four fp32 copies of what is tuned, and the activations of one batch.
     """
-    settings, known = context.config.refine, context.known
+    settings = context.config.refine
     if not settings.enabled:
         context.write_json("skipped.json", {"reason": "refine.enabled is false"})
         return
     model, teacher = tunable_model(context), base_model(context)
     log = fit(context, model, context.config.data.calibration, settings, loss=partial(summed_divergence, teacher))
-    with context.writer(known.decomposed()) as writer:
-        for _, _, name in known.architecture.linears():
-            for buffer, tensor in _tuned(model, name).packed().items():
-                writer.write(f"{name}.{buffer}", tensor)
-        for name in known.architecture.others():
-            writer.write(name, context.base_reader.read(name))
+    names = [name for _, _, name in context.known.architecture.linears()]
+    write_packed_model(context, ((name, _tuned(model, name).packed()) for name in names))
     context.write_json("history.json", log)
 
 

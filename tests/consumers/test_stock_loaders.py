@@ -78,7 +78,14 @@ def test_small_folder_is_the_compact_model(run: Path) -> None:
     assert found == pytest.approx(reported(run, "compact"), rel=1e-4)
 
 
+def test_decomposed_folder_is_the_decomposed_model(run: Path) -> None:
+    packed = AutoModelForCausalLM.from_pretrained(run / "decompose", dtype=torch.float32)
+    for dataset in ("task", "text"):
+        found = perplexity(packed, run / f"evaluate/heldout/{dataset}.jsonl")
+        assert found == pytest.approx(reported(run, "decomposed", dataset), rel=1e-4)
+
+
 def test_exported_folders_bring_their_tokenizer(run: Path) -> None:
-    for folder in ("merged", "small"):
-        tokenizer = AutoTokenizer.from_pretrained(run / "export" / folder)
+    for folder in ("export/merged", "export/small", "decompose"):
+        tokenizer = AutoTokenizer.from_pretrained(run / folder)
         assert tokenizer.decode(tokenizer("the 3rd word").input_ids) == "the 3rd word"

@@ -1,0 +1,106 @@
+"""The transformers plug-in: packed folders load by stock `from_pretrained`, and stay packed.
+
+Imported by qlora_pipe.hf.registration when transformers' table of quantizers is there, possibly while the rest of
+transformers is still being imported: this file may import only what that table has imported already.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from qlora_pipe.artifacts.headers import read_header
+from qlora_pipe.artifacts.layout import DTYPE_CODE, TensorSpec
+from qlora_pipe.errors import SourceError
+from qlora_pipe.packed_config import METHOD, from_json, to_json
+from quant.exceptions import QuantError
+from quant.linear import PackedLinear
+from quant.storage import PackedShape
+
+
+@register_quantization_config(METHOD)
+class PackedConfig(QuantizationConfigMixin):
+    """`quantization_config` of a packed folder; raises SourceError if it is not one that this release writes."""
+
+    def __init__(self, **body: Any) -> None:
+        self.quant_method = METHOD
+        self.packings = from_json(body)
+
+    def to_dict(self) -> dict[str, Any]:
+        return to_json(self.packings)
+
+
+@register_quantizer(METHOD)
+class PackedQuantizer(HfQuantizer):
+    """Puts a PackedLinear where the stock architecture has an nn.Linear; transformers loads its buffers like any other.
+
+    `dtype` of from_pretrained is that of activations and of what is not packed; buffers keep their own. Peak bytes:
+    the packed model.
+    """
+
+    # There is nothing here that quantises: an unpacked checkpoint with this config is refused.
+    requires_calibration = True
+
+    def _process_model_before_weight_loading(
+        self, model: nn.Module, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> nn.Module:
+        for name, packing in self.quantization_config.packings.items():
+            parent, _, leaf = name.rpartition(".")
+            try:
+                linear = model.get_submodule(name)
+            except AttributeError:
+                linear = None
+            if not isinstance(linear, nn.Linear):
+                raise SourceError(
+                    f"quantization_config packs {name}, but {type(model).__name__} has no linear map there; "
+                    "load the folder with AutoModelForCausalLM, and keep its config.json as it was written"
+                )
+            shape = PackedShape(
+                linear.in_features, linear.out_features, packing.choice, packing.transposed, linear.bias is not None
+            )
+            try:
+                packed = PackedLinear(shape, device="meta")
+            except QuantError as error:
+                raise SourceError(f"quantization_config does not fit {name}: {error}") from error
+            setattr(model.get_submodule(parent), leaf, packed)
+        if checkpoint_files is not None:
+            _check_tensors(model, checkpoint_files)
+        return model
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Adapters on top train; the packed map itself is constant."""
+        return True
+
+
+def _check_tensors(model: Any, files: list[str]) -> None:
+    """Every tensor of `model` is in `files`, packed ones in their own dtype; SourceError before any is read.
+
+    transformers itself would draw a missing tensor at random and say so in a warning.
+    """
+    found = {name: place.spec for file in files for name, place in read_header(Path(file)).items()}
+    packed = {name for name, module in model.named_modules() if isinstance(module, PackedLinear)}
+    for name, tensor in model.state_dict().items():
+        if name not in found:
+            if name in model.all_tied_weights_keys:
+                continue
+            raise SourceError(f"{files[0]}: expected a tensor {name}, found none of that name; fetch the folder again")
+        expected = TensorSpec(_code(tensor.dtype), tuple(tensor.shape))
+        if name.rpartition(".")[0] not in packed:
+            expected = TensorSpec(found[name].dtype, expected.shape)
+        if found[name] != expected:
+            raise SourceError(
+                f"{files[0]}: tensor {name}: quantization_config implies {expected}, found {found[name]}; "
+                "fetch the folder again"
+            )
+
+
+def _code(dtype: torch.dtype) -> str:
+    return DTYPE_CODE[str(dtype).removeprefix("torch.")]
