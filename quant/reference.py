@@ -65,7 +65,7 @@ def quantize(
     codes = torch.empty(blocks.shape, dtype=torch.uint8)
     zero = torch.zeros(len(blocks), dtype=torch.uint8)
     for index, block in enumerate(blocks):
-        ratio = block / scale[index] if scale[index] > 0 else torch.zeros_like(block)
+        ratio = block / scale[index] if scale[index] != 0 else torch.zeros_like(block)
         if choice.grid == "uint":
             zero[index] = int((-ratio.min().clamp(max=0)).round().clamp(0, len(levels) - 1))
         codes[index] = encode(ratio + zero[index], levels)
@@ -80,7 +80,7 @@ def _range_scale(block: Tensor, choice: Choice) -> Tensor:
         return torch.div(high.clamp(min=0) - low.clamp(max=0), 2 * half - 1)
     if choice.grid == "int":
         return torch.maximum(high / (half - 1), -low / half)
-    return block.abs().max()
+    return block[block.abs().argmax()] if choice.signed_scales else block.abs().max()
 
 
 def _stored_scales(wanted: Tensor, choice: Choice, per_row: int) -> tuple[Tensor, Tensor]:
@@ -88,7 +88,16 @@ def _stored_scales(wanted: Tensor, choice: Choice, per_row: int) -> tuple[Tensor
     if choice.direct:
         held = wanted.float().to(torch_dtype(choice.scale_dtype))
         return held, held.double()
-    offset, largest = wanted.min(), 2**choice.scale_bits - 1
+    if choice.signed_scales:
+        codes, scale = _coded_scales(wanted.abs(), choice, choice.scale_bits - 1, per_row)
+        negative = (wanted < 0).to(torch.uint8)
+        return codes + negative * 2 ** (choice.scale_bits - 1), torch.where(negative > 0, -scale, scale)
+    return _coded_scales(wanted, choice, choice.scale_bits, per_row)
+
+
+def _coded_scales(wanted: Tensor, choice: Choice, bits: int, per_row: int) -> tuple[Tensor, Tensor]:
+    """(codes of `bits` bits, the float64 scales they stand for) of a 1-D list of scales."""
+    offset, largest = wanted.min(), 2**bits - 1
     codes, scale = torch.zeros_like(wanted), torch.zeros_like(wanted)
     size = choice.superblock or per_row
     for start in range(0, len(wanted), size):
@@ -108,16 +117,25 @@ def dequantize(codes: Tensor, scale: Tensor, levels: Tensor, zero: Tensor | None
     return (levels.double()[codes.long()] - shift) * scale.double().repeat_interleave(width, dim=1)
 
 
-def lloyd_fit(values: Tensor, weights: Tensor, levels: Tensor, iterations: int) -> Tensor:
-    """Weighted Lloyd iterations by full comparison, float64 [levels]."""
+def lloyd_fit(values: Tensor, weights: Tensor, levels: Tensor, iterations: int, pinned: tuple[int, ...] = ()) -> Tensor:
+    """Weighted Lloyd iterations by full comparison, float64 [levels]; levels at the indices `pinned` stay."""
     values, weights, levels = values.double(), weights.double(), levels.double().clone()
     for _ in range(iterations):
         nearest = encode(values, levels)
         for index in range(len(levels)):
             own = nearest == index
-            if weights[own].sum() > 0:
+            if index not in pinned and weights[own].sum() > 0:
                 levels[index] = (weights[own] * values[own]).sum() / weights[own].sum()
     return levels
+
+
+def lloyd(bits: int, block_size: int, blocks: int, seed: int, iterations: int) -> Tensor:
+    """Lloyd levels of Gaussian blocks divided by their largest weight, zero and one pinned, float64 [2**bits]."""
+    draws = torch.randn(blocks, block_size, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    largest = torch.stack([block[block.abs().argmax()] for block in draws])[:, None]
+    weights = largest.square().expand_as(draws).flatten()
+    half = 2 ** (bits - 1)
+    return lloyd_fit((draws / largest).flatten(), weights, normal_float(bits), iterations, (half - 1, 2 * half - 1))
 
 
 def weighted_lowrank(matrix: Tensor, rank: int, row_weight: Tensor, column_weight: Tensor) -> Tensor:

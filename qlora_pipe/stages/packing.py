@@ -1,18 +1,12 @@
-"""Between artifacts and numerics: orientations, and packed linear maps from the tensors on disk."""
+"""Between artifacts and numerics: packed linear maps from the tensors on disk."""
 
 from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
-from prune.groups import PRUNED_AXIS
 from quant.linear import PackedLinear
 from quant.storage import PackedShape
-
-
-def stored(weight: Tensor, role: str) -> Tensor:
-    """The orientation a matrix is stored in: what pruning cuts are rows."""
-    return weight.T.contiguous() if PRUNED_AXIS[role] == "columns" else weight
 
 
 def packed_linear(shape: PackedShape, buffers: Mapping[str, Tensor]) -> PackedLinear:
