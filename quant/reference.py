@@ -1,7 +1,9 @@
 """Slow float64 twins of the numerics in this package, written for clarity; tests compare against them."""
 
 import math
+from collections.abc import Callable
 from statistics import NormalDist
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -150,6 +152,74 @@ def weighted_loss(error: Tensor, row_weight: Tensor, column_weight: Tensor) -> f
     return math.fsum(
         (error.double() * row_weight.double()[:, None] * column_weight.double()).square().flatten().tolist()
     )
+
+
+def metric_loss(error: Tensor, outputs: Tensor, covariance: Tensor) -> float:
+    """``tr(G E H E^T)`` with G = diag(outputs^2), H = covariance."""
+    error = error.double() * outputs.double()[:, None]
+    return math.fsum((error @ covariance.double() * error).flatten().tolist())
+
+
+def compensated(
+    weight: Tensor, choice: Choice, covariance: Tensor, *, transposed: bool, levels: Tensor, damping: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Error-compensated rounding of `weight` [out, in] one column at a time: before each, the columns still to come are
+    those that minimise ``tr(E H E^T)`` given the errors so far, by solving for them (Optimal Brain Quantization).
+
+    Returns float64 (Q [out, in], error of each column in its turn [out, in], what a squared one costs [in]).
+    """
+    weight, hessian, size = weight.double(), covariance.double(), choice.block_size
+    hessian = hessian + damping * hessian.diagonal().mean() * torch.eye(len(hessian))
+    coded = _second_level(weight.T if transposed else weight, choice)
+    key = [(-float(value), index) for index, value in enumerate(covariance.diagonal().double())]
+    if transposed:
+        order = [index for _, index in sorted(key)]
+    else:
+        blocks = [sorted(key[start : start + size]) for start in range(0, len(key), size)]
+        order = [index for block in sorted(blocks, key=lambda block: sum(k for k, _ in block)) for _, index in block]
+    result, errors, cost = torch.zeros_like(weight), torch.zeros_like(weight), torch.zeros_like(weight[0])
+    scale = zero = torch.zeros(0)
+    for step, column in enumerate(order):
+        fixed, rest = order[:step], order[step:]
+        inverse = torch.linalg.inv(hessian[rest][:, rest])
+        now = weight[:, rest] + (weight - result)[:, fixed] @ hessian[fixed][:, rest] @ inverse
+        if transposed:
+            scale, zero = _block_scales(now[:, 0].view(-1, size), choice, coded(column, slice(None)))
+        elif step % size == 0:
+            scale, zero = _block_scales(now[:, :size], choice, coded(slice(None), column // size))
+        wide = [part.repeat_interleave(size) if transposed else part for part in (scale, zero)]
+        ratio = torch.where(wide[0] != 0, now[:, 0] / wide[0], 0.0) + wide[1]
+        result[:, column] = wide[0] * (levels.double()[encode(ratio, levels).long()] - wide[1])
+        errors[:, column], cost[column] = now[:, 0] - result[:, column], 1 / inverse[0, 0]
+    return result, errors, cost
+
+
+def _second_level(stored: Tensor, choice: Choice) -> Callable[[Any, Any], tuple[Tensor, Tensor]]:
+    """Maximum and offset for blocks of the stored matrix, by row and block: a quarter of room above the largest."""
+    blocks = stored.reshape(-1, choice.block_size)
+    wanted = torch.stack([_range_scale(block, choice) for block in blocks]).abs()
+    if choice.direct:
+        return lambda rows, columns: (torch.tensor(float("nan")), torch.tensor(float("nan")))
+    per_row = stored.shape[1] // choice.block_size
+    above = 1.25 * (wanted - wanted.min()).view(-1, choice.superblock or per_row).amax(dim=1)
+    held = above.float().to(torch_dtype(choice.scale_dtype)).double()
+    spread = held.repeat_interleave(choice.superblock or per_row).view(-1, per_row)
+    return lambda rows, columns: (spread[rows, columns], wanted.min())
+
+
+def _block_scales(blocks: Tensor, choice: Choice, coded: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Scales as stored and zero points, float64 [blocks], of blocks [blocks, block_size]."""
+    wanted, (maximum, offset) = torch.stack([_range_scale(block, choice) for block in blocks]), coded
+    if choice.direct:
+        scale = wanted.float().to(torch_dtype(choice.scale_dtype)).double()
+    else:
+        largest = 2 ** (choice.scale_bits - choice.signed_scales) - 1
+        codes = ((wanted.abs() - offset) * largest / maximum).round().clamp(0, largest)
+        scale = torch.where(wanted < 0, -1.0, 1.0) * (offset + codes * maximum / largest)
+    if choice.grid != "uint":
+        return scale, torch.zeros_like(scale)
+    lowest = -blocks.amin(dim=1).clamp(max=0)
+    return scale, torch.where(scale != 0, lowest / scale, 0.0).round().clamp(0, 2**choice.bits - 1)
 
 
 def decompose_losses(

@@ -7,7 +7,7 @@ from quant.decompose import decompose
 from quant.exceptions import NonFiniteError, QuantError, ShapeError
 from quant.lowrank import svd_lowrank
 from quant.metric import Metric
-from quant.rounding import feedback, quantize_compensated
+from quant.rounding import feedback
 from quant.storage import Choice
 
 FORMAT = Choice("nf", 3, 32, 8)
