@@ -5,7 +5,7 @@ import torch
 from qlora_pipe import layouts
 from qlora_pipe.stages.base import Context, Stage
 from qlora_pipe.stages.moments import Moments
-from qlora_pipe.stages.score import SEARCH, seed_of
+from qlora_pipe.stages.score import seed_of
 from quant.buffers import packed_buffers
 from quant.decompose import decompose
 
@@ -47,6 +47,6 @@ STAGE = Stage(
     "decompose",
     3,
     ("source", "calibrate", "allocate"),
-    lambda config: {"seed": config.seed} | config.decompose.model_dump(mode="json", exclude=set(SEARCH)),
+    lambda config: {"seed": config.seed} | config.decompose.measured(),
     run,
 )

@@ -10,9 +10,6 @@ from qlora_pipe.stages.moments import Moments
 from quant.errors import error_table, full_table
 from quant.storage import Choice
 
-SEARCH = ("budget", "ties", "rules", "time_limit")
-"""Settings of the allocation, which no entry of the table depends on."""
-
 
 def run(context: Context) -> None:
     """One matrix at a time, read from disk. Peak bytes: one matrix and a few temporaries of its size."""
@@ -69,6 +66,6 @@ STAGE = Stage(
     "score",
     3,
     ("source", "calibrate"),
-    lambda config: {"seed": config.seed} | config.decompose.model_dump(mode="json", exclude=set(SEARCH)),
+    lambda config: {"seed": config.seed} | config.decompose.measured(),
     run,
 )
