@@ -28,6 +28,9 @@ _PUBLISHED: dict[str, Any] = {
 """What `method: lq` stands for: the 243 configurations of LQ-LoRA (arXiv 2311.12023); `bits` and `scale_bits` with 8
 make its 432."""
 
+_SEARCH = {"budget", "ties", "rules", "time_limit"}
+"""Settings of the allocation, which no entry of the error table depends on."""
+
 
 class Decompose(Section):
     """W = Q + L1 L2 with a configuration per matrix, chosen by an integer programme."""
@@ -121,6 +124,10 @@ class Decompose(Section):
     def patience(self) -> int | None:
         """Alternations without improvement that end a decomposition; None ends it as published."""
         return None if self.method == "lq" else 2
+
+    def measured(self) -> dict[str, Any]:
+        """What the error table and the decomposition depend on, as JSON."""
+        return self.model_dump(mode="json", exclude=_SEARCH)
 
     def formats(self) -> list[Choice]:
         """Every configuration these settings offer to a matrix of any shape; ValueError for scales of no format."""

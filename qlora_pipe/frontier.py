@@ -120,6 +120,11 @@ class _Reader:
     def __init__(self, run: Path, table: Mapping[str, Any]) -> None:
         self.run, self.table = run, table
         self.config: Config = load(run / "config.yaml")
+        measured = {"seed": self.config.seed} | self.config.decompose.measured()
+        if read_manifest(run / "score").settings != measured:
+            raise ArtifactError(
+                f"{run}: the error table was measured with other settings than config.yaml has; run score again"
+            )
         base = run / BASE_LINK
         self.architecture: Architecture = architecture_of(ModelSource("folder", self.config.model, base))
         self.dtypes = {name: place.spec.dtype for name, place in read_folder(base).items()}
@@ -155,10 +160,6 @@ class _Reader:
 
     def _row(self, point: Point, allocation: Mapping[str, Choice], *, chosen: bool) -> Row:
         tensors = layouts.decomposed(self.architecture, self.dtypes, allocation)
-        if layouts.linear_bytes(tensors, self.architecture) != point.bytes:
-            raise ArtifactError(
-                f"{self.run}: the error table was measured with other settings than config.yaml has; run score again"
-            )
         return Row(**asdict(point), artifact_bytes=sum(folder_files(tensors).values()), chosen=chosen)
 
 

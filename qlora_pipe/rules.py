@@ -155,7 +155,8 @@ def _some(names: Sequence[str]) -> str:
 
 
 def _told(choices: Sequence[Choice]) -> str:
-    """`bits 2/3, block_size 32, rank 0/16`."""
+    """`bits 2/3, block_size 32, rank 0/16`, and what else differs between `choices`."""
     rows = [asdict(choice) for choice in choices]
     values = {key: dict.fromkeys(str(row[key]) for row in rows) for key in rows[0]}
-    return ", ".join(f"{key} {'/'.join(found)}" for key, found in values.items())
+    told = [key for key, found in values.items() if key in ("bits", "block_size", "rank") or len(found) > 1]
+    return ", ".join(f"{key} {'/'.join(values[key])}" for key in told)

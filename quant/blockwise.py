@@ -44,12 +44,9 @@ def quantize(weight: Tensor, choice: Choice, levels: Tensor | None = None) -> Bl
     ragged, QuantError for another dtype or bad levels, NonFiniteError for NaN or infinity, or scales that
     scale_dtype cannot hold.
     """
-    if weight.dim() != 2:
-        raise ShapeError(f"weight must be [rows, columns], got {list(weight.shape)}")
-    if weight.dtype != torch.float32:
-        raise QuantError(f"weight must be float32, got {weight.dtype}")
+    check_weight(weight)
     choice.superblocks(*weight.shape)
-    levels = (levels_of(choice) if levels is None else _checked(levels, choice)).to(weight.device)
+    levels = levels_for(choice, levels).to(weight.device)
     low, high = block_range(weight, choice.block_size)
     if not bool(torch.isfinite(low).all() and torch.isfinite(high).all()):
         raise NonFiniteError("weight holds NaN or infinity")
@@ -57,6 +54,27 @@ def quantize(weight: Tensor, choice: Choice, levels: Tensor | None = None) -> Bl
     scale = scales(stored, choice)
     zero = zero_codes(low, scale, choice.bits) if choice.grid == "uint" else None
     return BlockQuantized(encode_block(weight, scale, levels, zero), levels, stored, zero)
+
+
+def check_weight(weight: Tensor) -> None:
+    """Raises ShapeError or QuantError unless `weight` is an fp32 matrix."""
+    if weight.dim() != 2:
+        raise ShapeError(f"weight must be [rows, columns], got {list(weight.shape)}")
+    if weight.dtype != torch.float32:
+        raise QuantError(f"weight must be float32, got {weight.dtype}")
+
+
+def levels_for(choice: Choice, levels: Tensor | None) -> Tensor:
+    """`levels` if they are some and fit `choice`, else QuantError; without any those of `levels_of`."""
+    if levels is None:
+        return levels_of(choice)
+    if choice.grid in ("int", "uint"):
+        raise QuantError(f"the levels of grid {choice.grid!r} are its integers, leave levels out")
+    if levels.shape != (2**choice.bits,) or levels.dtype != torch.float32:
+        raise QuantError(f"levels must be float32 [{2**choice.bits}], got {levels.dtype} {list(levels.shape)}")
+    if not bool(torch.isfinite(levels).all() and (levels.diff() > 0).all()):
+        raise QuantError("levels must be finite and increasing")
+    return levels
 
 
 def block_range(weight: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
@@ -167,13 +185,3 @@ def _check_blocks(scale: Tensor, like: Tensor) -> None:
     rows, columns = like.shape
     if scale.dim() != 2 or scale.shape[0] != rows or scale.shape[1] < 1 or columns % scale.shape[1]:
         raise ShapeError(f"scale {list(scale.shape)} does not fit codes {list(like.shape)}")
-
-
-def _checked(levels: Tensor, choice: Choice) -> Tensor:
-    if choice.grid in ("int", "uint"):
-        raise QuantError(f"the levels of grid {choice.grid!r} are its integers, leave levels out")
-    if levels.shape != (2**choice.bits,) or levels.dtype != torch.float32:
-        raise QuantError(f"levels must be float32 [{2**choice.bits}], got {levels.dtype} {list(levels.shape)}")
-    if not bool(torch.isfinite(levels).all() and (levels.diff() > 0).all()):
-        raise QuantError("levels must be finite and increasing")
-    return levels

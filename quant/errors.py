@@ -2,14 +2,14 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from quant.blockwise import quantize, rebuild
 from quant.decompose import PLAIN, decompose
-from quant.exceptions import QuantError
+from quant.exceptions import QuantError, ShapeError
 from quant.lowrank import dequantize_factors, store_factors
 from quant.metric import Metric
 from quant.rounding import Feedback
@@ -125,5 +125,9 @@ def full_table(
 
 def _nearest(matrix: Tensor, choice: Choice, transposed: bool) -> Tensor:
     stored = matrix.T.contiguous() if transposed else matrix
+    try:
+        choice.superblocks(*stored.shape)
+    except ShapeError:  # of a sample; in the estimate every row has its own
+        choice = replace(choice, superblock=None)
     rounded = rebuild(quantize(stored, choice), choice)
     return rounded.T if transposed else rounded

@@ -38,8 +38,8 @@ def svd_lowrank(
     dtype or negative weights, NonFiniteError for NaN or infinity.
     """
     _check_matrix(matrix, rank)
-    rows = _floored(row_weight, matrix, 0)
-    columns = _floored(column_weight, matrix, 1)
+    rows = floored(row_weight, matrix, 0)
+    columns = floored(column_weight, matrix, 1)
     if rank == 0:
         return matrix.new_empty(matrix.shape[0], 0), matrix.new_empty(0, matrix.shape[1])
     weighted = matrix
@@ -119,7 +119,8 @@ def _check_matrix(matrix: Tensor, rank: int) -> None:
         raise NonFiniteError("matrix holds NaN or infinity")
 
 
-def _floored(weight: Tensor | None, matrix: Tensor, dim: int) -> Tensor | None:
+def floored(weight: Tensor | None, matrix: Tensor, dim: int) -> Tensor | None:
+    """A weight of the rows (`dim` 0) or columns (1) of `matrix`, as `svd_lowrank` takes it; raises as that does."""
     if weight is None:
         return None
     side = ("row", "column")[dim]

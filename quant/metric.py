@@ -10,16 +10,13 @@ import torch
 from torch import Tensor
 
 from quant.exceptions import NonFiniteError, QuantError, ShapeError
-from quant.lowrank import svd_lowrank
+from quant.lowrank import floored, svd_lowrank
 
 # Elements scored at once: bounds the temporaries to a few MB.
 _CHUNK = 1 << 18
 
 _OVERSAMPLING = 10
 _POWER_ITERATIONS = 3
-
-# Output weights below this fraction of the largest are raised to it, so that a dead output yields finite factors.
-_WEIGHT_FLOOR = 1e-6
 
 
 @dataclass(frozen=True)
@@ -63,8 +60,8 @@ class Metric:
         else:
             columns = _root(self.inputs, error, n).square()
             by_row = [error[i : i + step].double().square() @ columns for i in range(0, m, step)]
-        # Rounding in the fp32 product can bring a tiny loss below zero.
-        return max(0.0, float(torch.cat(by_row) @ rows))
+        # Rounding in the fp32 product can bring a tiny loss below zero; NaN stays.
+        return float((torch.cat(by_row) @ rows).clamp(min=0))
 
     @torch.no_grad()
     def fit(self, matrix: Tensor, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -84,7 +81,7 @@ class Metric:
             raise NonFiniteError("matrix holds NaN or infinity")
         if rank == 0:
             return matrix.new_empty(matrix.shape[0], 0), matrix.new_empty(0, matrix.shape[1])
-        weight = _floored(self.outputs)
+        weight = floored(self.outputs, matrix, 0)
         weighted = matrix if weight is None else matrix * weight[:, None]
         left = _leading(weighted, self.covariance, rank, generator)
         right = left.T @ weighted
@@ -124,11 +121,3 @@ def _leading(matrix: Tensor, covariance: Tensor, rank: int, generator: torch.Gen
 def _root(weight: Tensor | None, like: Tensor, size: int) -> Tensor:
     found = like.new_ones(size) if weight is None else weight
     return found.to(like.device, torch.float64)
-
-
-def _floored(weight: Tensor | None) -> Tensor | None:
-    if weight is None:
-        return None
-    largest = weight.amax()
-    floored: Tensor = torch.where(largest > 0, weight.clamp(min=_WEIGHT_FLOOR * largest), 1.0)
-    return floored

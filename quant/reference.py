@@ -1,7 +1,9 @@
 """Slow float64 twins of the numerics in this package, written for clarity; tests compare against them."""
 
 import math
+from collections.abc import Callable
 from statistics import NormalDist
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,7 +67,7 @@ def quantize(
     codes = torch.empty(blocks.shape, dtype=torch.uint8)
     zero = torch.zeros(len(blocks), dtype=torch.uint8)
     for index, block in enumerate(blocks):
-        ratio = block / scale[index] if scale[index] > 0 else torch.zeros_like(block)
+        ratio = block / scale[index] if scale[index] != 0 else torch.zeros_like(block)
         if choice.grid == "uint":
             zero[index] = int((-ratio.min().clamp(max=0)).round().clamp(0, len(levels) - 1))
         codes[index] = encode(ratio + zero[index], levels)
@@ -80,7 +82,7 @@ def _range_scale(block: Tensor, choice: Choice) -> Tensor:
         return torch.div(high.clamp(min=0) - low.clamp(max=0), 2 * half - 1)
     if choice.grid == "int":
         return torch.maximum(high / (half - 1), -low / half)
-    return block.abs().max()
+    return block[block.abs().argmax()] if choice.signed_scales else block.abs().max()
 
 
 def _stored_scales(wanted: Tensor, choice: Choice, per_row: int) -> tuple[Tensor, Tensor]:
@@ -88,7 +90,16 @@ def _stored_scales(wanted: Tensor, choice: Choice, per_row: int) -> tuple[Tensor
     if choice.direct:
         held = wanted.float().to(torch_dtype(choice.scale_dtype))
         return held, held.double()
-    offset, largest = wanted.min(), 2**choice.scale_bits - 1
+    if choice.signed_scales:
+        codes, scale = _coded_scales(wanted.abs(), choice, choice.scale_bits - 1, per_row)
+        negative = (wanted < 0).to(torch.uint8)
+        return codes + negative * 2 ** (choice.scale_bits - 1), torch.where(negative > 0, -scale, scale)
+    return _coded_scales(wanted, choice, choice.scale_bits, per_row)
+
+
+def _coded_scales(wanted: Tensor, choice: Choice, bits: int, per_row: int) -> tuple[Tensor, Tensor]:
+    """(codes of `bits` bits, the float64 scales they stand for) of a 1-D list of scales."""
+    offset, largest = wanted.min(), 2**bits - 1
     codes, scale = torch.zeros_like(wanted), torch.zeros_like(wanted)
     size = choice.superblock or per_row
     for start in range(0, len(wanted), size):
@@ -108,16 +119,25 @@ def dequantize(codes: Tensor, scale: Tensor, levels: Tensor, zero: Tensor | None
     return (levels.double()[codes.long()] - shift) * scale.double().repeat_interleave(width, dim=1)
 
 
-def lloyd_fit(values: Tensor, weights: Tensor, levels: Tensor, iterations: int) -> Tensor:
-    """Weighted Lloyd iterations by full comparison, float64 [levels]."""
+def lloyd_fit(values: Tensor, weights: Tensor, levels: Tensor, iterations: int, pinned: tuple[int, ...] = ()) -> Tensor:
+    """Weighted Lloyd iterations by full comparison, float64 [levels]; levels at the indices `pinned` stay."""
     values, weights, levels = values.double(), weights.double(), levels.double().clone()
     for _ in range(iterations):
         nearest = encode(values, levels)
         for index in range(len(levels)):
             own = nearest == index
-            if weights[own].sum() > 0:
+            if index not in pinned and weights[own].sum() > 0:
                 levels[index] = (weights[own] * values[own]).sum() / weights[own].sum()
     return levels
+
+
+def lloyd(bits: int, block_size: int, blocks: int, seed: int, iterations: int) -> Tensor:
+    """Lloyd levels of Gaussian blocks divided by their largest weight, zero and one pinned, float64 [2**bits]."""
+    draws = torch.randn(blocks, block_size, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    largest = torch.stack([block[block.abs().argmax()] for block in draws])[:, None]
+    weights = largest.square().expand_as(draws).flatten()
+    half = 2 ** (bits - 1)
+    return lloyd_fit((draws / largest).flatten(), weights, normal_float(bits), iterations, (half - 1, 2 * half - 1))
 
 
 def weighted_lowrank(matrix: Tensor, rank: int, row_weight: Tensor, column_weight: Tensor) -> Tensor:
@@ -132,6 +152,74 @@ def weighted_loss(error: Tensor, row_weight: Tensor, column_weight: Tensor) -> f
     return math.fsum(
         (error.double() * row_weight.double()[:, None] * column_weight.double()).square().flatten().tolist()
     )
+
+
+def metric_loss(error: Tensor, outputs: Tensor, covariance: Tensor) -> float:
+    """``tr(G E H E^T)`` with G = diag(outputs^2), H = covariance."""
+    error = error.double() * outputs.double()[:, None]
+    return math.fsum((error @ covariance.double() * error).flatten().tolist())
+
+
+def compensated(
+    weight: Tensor, choice: Choice, covariance: Tensor, *, transposed: bool, levels: Tensor, damping: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Error-compensated rounding of `weight` [out, in] one column at a time: before each, the columns still to come are
+    those that minimise ``tr(E H E^T)`` given the errors so far, by solving for them (Optimal Brain Quantization).
+
+    Returns float64 (Q [out, in], error of each column in its turn [out, in], what a squared one costs [in]).
+    """
+    weight, hessian, size = weight.double(), covariance.double(), choice.block_size
+    hessian = hessian + damping * hessian.diagonal().mean() * torch.eye(len(hessian))
+    coded = _second_level(weight.T if transposed else weight, choice)
+    key = [(-float(value), index) for index, value in enumerate(covariance.diagonal().double())]
+    if transposed:
+        order = [index for _, index in sorted(key)]
+    else:
+        blocks = [sorted(key[start : start + size]) for start in range(0, len(key), size)]
+        order = [index for block in sorted(blocks, key=lambda block: sum(k for k, _ in block)) for _, index in block]
+    result, errors, cost = torch.zeros_like(weight), torch.zeros_like(weight), torch.zeros_like(weight[0])
+    scale = zero = torch.zeros(0)
+    for step, column in enumerate(order):
+        fixed, rest = order[:step], order[step:]
+        inverse = torch.linalg.inv(hessian[rest][:, rest])
+        now = weight[:, rest] + (weight - result)[:, fixed] @ hessian[fixed][:, rest] @ inverse
+        if transposed:
+            scale, zero = _block_scales(now[:, 0].view(-1, size), choice, coded(column, slice(None)))
+        elif step % size == 0:
+            scale, zero = _block_scales(now[:, :size], choice, coded(slice(None), column // size))
+        wide = [part.repeat_interleave(size) if transposed else part for part in (scale, zero)]
+        ratio = torch.where(wide[0] != 0, now[:, 0] / wide[0], 0.0) + wide[1]
+        result[:, column] = wide[0] * (levels.double()[encode(ratio, levels).long()] - wide[1])
+        errors[:, column], cost[column] = now[:, 0] - result[:, column], 1 / inverse[0, 0]
+    return result, errors, cost
+
+
+def _second_level(stored: Tensor, choice: Choice) -> Callable[[Any, Any], tuple[Tensor, Tensor]]:
+    """Maximum and offset for blocks of the stored matrix, by row and block: a quarter of room above the largest."""
+    blocks = stored.reshape(-1, choice.block_size)
+    wanted = torch.stack([_range_scale(block, choice) for block in blocks]).abs()
+    if choice.direct:
+        return lambda rows, columns: (torch.tensor(float("nan")), torch.tensor(float("nan")))
+    per_row = stored.shape[1] // choice.block_size
+    above = 1.25 * (wanted - wanted.min()).view(-1, choice.superblock or per_row).amax(dim=1)
+    held = above.float().to(torch_dtype(choice.scale_dtype)).double()
+    spread = held.repeat_interleave(choice.superblock or per_row).view(-1, per_row)
+    return lambda rows, columns: (spread[rows, columns], wanted.min())
+
+
+def _block_scales(blocks: Tensor, choice: Choice, coded: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Scales as stored and zero points, float64 [blocks], of blocks [blocks, block_size]."""
+    wanted, (maximum, offset) = torch.stack([_range_scale(block, choice) for block in blocks]), coded
+    if choice.direct:
+        scale = wanted.float().to(torch_dtype(choice.scale_dtype)).double()
+    else:
+        largest = 2 ** (choice.scale_bits - choice.signed_scales) - 1
+        codes = ((wanted.abs() - offset) * largest / maximum).round().clamp(0, largest)
+        scale = torch.where(wanted < 0, -1.0, 1.0) * (offset + codes * maximum / largest)
+    if choice.grid != "uint":
+        return scale, torch.zeros_like(scale)
+    lowest = -blocks.amin(dim=1).clamp(max=0)
+    return scale, torch.where(scale != 0, lowest / scale, 0.0).round().clamp(0, 2**choice.bits - 1)
 
 
 def decompose_losses(

@@ -66,9 +66,9 @@ def quantize_scales(scale: Tensor, choice: Choice) -> StoredScales:
 
 def encode_scale(scale: Tensor, stored: StoredScales, choice: Choice, blocks: slice = ALL_BLOCKS) -> Tensor:
     """What `stored.values` would hold in columns `blocks` for fp32 `scale` [rows, blocks]: the nearest codes within
-    the second level of `stored`, or the scales in their dtype."""
+    the second level of `stored`, or the scales in their dtype; NonFiniteError if that cannot hold them."""
     if stored.maximum is None or stored.offset is None:
-        return scale.to(stored.values.dtype)
+        return _held(scale, stored.values.dtype)
     maximum = _spread(stored, stored.maximum, blocks)
     maximum = torch.where(maximum > _SMALLEST_SCALE_MAX, maximum, float("inf"))
     largest = _largest(choice)
@@ -109,7 +109,7 @@ def _largest(choice: Choice) -> int:
 def _held(values: Tensor, dtype: torch.dtype) -> Tensor:
     held = values.to(dtype)
     if not bool(torch.isfinite(held).all()):
-        raise NonFiniteError(f"block scales spread too far for {dtype}; use bfloat16 or float32 scales")
+        raise NonFiniteError(f"block scales are too large for {dtype}; use bfloat16 or float32 scales")
     return held
 
 

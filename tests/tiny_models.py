@@ -11,13 +11,14 @@ import torch
 from tiny import byte_tokenizer
 from torch import Tensor, nn
 
+from prune.groups import PRUNED_AXIS
 from qlora_pipe.architectures import Architecture, from_config
 from qlora_pipe.artifacts.tensors import TensorReader
 from qlora_pipe.hf.layers import LayerStream
 from qlora_pipe.hf.model import Model, build, dense_linear, load_config
 from qlora_pipe.hf.tokens import IGNORED, Row
 from qlora_pipe.layouts import packed_shape
-from qlora_pipe.stages.packing import packed_linear, stored
+from qlora_pipe.stages.packing import packed_linear
 from quant.buffers import packed_buffers
 from quant.decompose import decompose
 from quant.fakequant import L4QLinear
@@ -62,9 +63,10 @@ class TinyFolder:
         def linear(layer: int, role: str, name: str) -> nn.Module:
             weight, bias = self.weight(role, name)
             result = decompose(
-                stored(weight, role),
+                weight,
                 CHOICE,
                 generator=torch.Generator().manual_seed(0),
+                transposed=PRUNED_AXIS[role] == "columns",
                 max_iterations=1,
             )
             shape = packed_shape(self.architecture, layer, role, CHOICE)

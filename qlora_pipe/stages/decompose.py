@@ -14,7 +14,7 @@ from qlora_pipe import layouts
 from qlora_pipe.stages.base import Context, Stage
 from qlora_pipe.stages.moments import Moments
 from qlora_pipe.stages.packing import write_packed_model
-from qlora_pipe.stages.score import SEARCH, Matrix, by_layer, exhaust, seed_of
+from qlora_pipe.stages.score import Matrix, by_layer, exhaust, seed_of
 from quant.buffers import packed_buffers
 from quant.decompose import decompose
 
@@ -69,7 +69,7 @@ STAGE = Stage(
     "decompose",
     4,
     ("source", "calibrate", "allocate"),
-    lambda config: {"seed": config.seed} | config.decompose.model_dump(mode="json", exclude=set(SEARCH)),
+    lambda config: {"seed": config.seed} | config.decompose.measured(),
     run,
     work=lambda context: exhaust(_decomposed(context)),
 )

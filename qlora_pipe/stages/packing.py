@@ -1,22 +1,16 @@
-"""Between artifacts and numerics: orientations, and packed linear maps from the tensors on disk."""
+"""Between artifacts and numerics: packed linear maps from the tensors on disk."""
 
 from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor
 
-from prune.groups import PRUNED_AXIS
 from qlora_pipe.exporters.packed import write_packed_settings
 from qlora_pipe.packed_config import Packing
 from qlora_pipe.sources import read_config
 from qlora_pipe.stages.base import Context
 from quant.linear import PackedLinear
 from quant.storage import PackedShape
-
-
-def stored(weight: Tensor, role: str) -> Tensor:
-    """The orientation a matrix is stored in: what pruning cuts are rows."""
-    return weight.T.contiguous() if PRUNED_AXIS[role] == "columns" else weight
 
 
 def packed_linear(shape: PackedShape, buffers: Mapping[str, Tensor]) -> PackedLinear:

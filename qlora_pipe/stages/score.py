@@ -19,9 +19,6 @@ Matrix = tuple[int, tuple[int, str, str]]
 
 T = TypeVar("T")
 
-SEARCH = ("budget", "ties", "rules", "time_limit")
-"""Settings of the allocation, which no entry of the table depends on."""
-
 
 def run(context: Context) -> None:
     """One matrix at a time, read from disk. Peak bytes: one matrix and a few temporaries of its size."""
@@ -106,7 +103,7 @@ STAGE = Stage(
     "score",
     3,
     ("source", "calibrate"),
-    lambda config: {"seed": config.seed} | config.decompose.model_dump(mode="json", exclude=set(SEARCH)),
+    lambda config: {"seed": config.seed} | config.decompose.measured(),
     run,
     work=lambda context: exhaust(_entries(context)),
 )

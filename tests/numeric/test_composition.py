@@ -36,8 +36,9 @@ from quant.lowrank import dequantize_factors
 from quant.scales import StoredScales, scales
 from quant.storage import Choice
 
+STEPS = ("train.learning_rate=0.02", "compact.learning_rate=0.02")
 IDS = torch.arange(2 * 40).reshape(2, 40) * 11 % 256
-GRIDS = ("decompose.grids=[lloyd, uint]", "decompose.superblock=4", "decompose.factor_dtype=int8")
+GRIDS = ("decompose.grids=[lloyd, uint]", "decompose.superblocks=[4]")
 VARIANTS = {
     "llama": ("llama", {}, ()),
     "llama-bias": ("llama", {"attention_bias": True, "mlp_bias": True}, ()),
@@ -89,7 +90,7 @@ def chain(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     save_tiny_model(folder / "model", model_type, **extra)
     save_texts(folder)
     # Steps large enough that every adapter is far from zero; wide enough to mix code widths.
-    config = load(save_settings(folder), ("train.learning_rate=0.02", "compact.learning_rate=0.02", *changes))
+    config = load(save_settings(folder), ("decompose.budget=4.5bits", *STEPS, *changes))
     seen: list[Model] = []
     fitted = compact.fit
 

@@ -17,6 +17,7 @@ from quant import reference
 from quant.blockwise import rebuild
 from quant.decompose import decompose
 from quant.lowrank import svd_lowrank
+from quant.metric import Metric
 from quant.storage import Choice
 
 
@@ -54,8 +55,7 @@ def test_losses_follow_the_float64_reference(weighted):
         weight,
         fmt,
         generator=generator(),
-        row_weight=rows,
-        column_weight=columns,
+        metric=Metric(rows, columns),
         max_iterations=3,
         patience=3,
     )
@@ -155,8 +155,7 @@ def test_dead_row_and_column_in_the_fisher_leave_everything_finite(factor_dtype)
         gaussian(64, 96),
         Choice("nf", 3, 32, 8, factor_dtype=factor_dtype),
         generator=generator(),
-        row_weight=rows,
-        column_weight=columns,
+        metric=Metric(rows, columns),
     )
     assert bool(torch.isfinite(result.left).all())
     assert bool(torch.isfinite(result.right).all())

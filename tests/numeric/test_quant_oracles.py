@@ -160,7 +160,7 @@ def test_gaussian_error(block_size, bits, expected):
 
 
 @pytest.mark.parametrize(
-    ("block_size", "bits", "expected"),
+    ("block_size", "bits", "unsigned"),
     [
         (16, 2, 0.1028),
         (32, 2, 0.1131),
@@ -171,21 +171,36 @@ def test_gaussian_error(block_size, bits, expected):
         (16, 4, 0.00541),
         (32, 4, 0.00663),
         (64, 4, 0.00763),
-        (64, 8, 2.9e-5 * 0.94),
+        (64, 8, 2.9e-5 * 0.99),
     ],
 )
-def test_gaussian_error_of_lloyd_codebooks(block_size, bits, expected):
-    """The last is NF8's with what Lloyd gains there, measured once; the others are published."""
+def test_gaussian_error_of_lloyd_codebooks(block_size, bits, unsigned):
+    """Against the published errors of Lloyd codebooks without a pinned level on unsigned block maxima (for 8 bits:
+    against NormalFloat's): the sign outweighs the two pinned levels but at 2 bits, where they cost up to 18 %."""
     weight = gaussian(1024, 1024)
     choice = Choice("lloyd", bits, block_size, 0, 32, "float32")
-    assert relative(rebuilt(weight, choice) - weight, weight) ** 2 == pytest.approx(expected, rel=0.03)
+    error = relative(rebuilt(weight, choice) - weight, weight) ** 2
+    assert 0.9 * unsigned < error < {2: 1.18}.get(bits, 1.0) * unsigned
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("step", [-0.03, 0.03])
+def test_no_free_level_of_a_lloyd_codebook_is_better_elsewhere(bits, step):
+    weight, choice = gaussian(1024, 1024, seed=5), Choice("lloyd", bits, 32, 0, 32, "float32")
+    settled = relative(rebuilt(weight, choice) - weight, weight)
+    for index in set(range(2**bits)) - {2 ** (bits - 1) - 1, 2**bits - 1}:
+        levels = lloyd(bits, 32)
+        levels[index] += step
+        moved = rebuild(quantize(weight, choice, levels), choice)
+        assert relative(moved - weight, weight) > settled, index
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_a_codebook_fitted_to_its_matrix_beats_the_gaussian_one(bits):
     weight = gaussian(256, 256).pow(3)  # heavier tails than the table assumes
     choice = Choice("lloyd", bits, 64, 0, 32, "float32")
-    scale = weight.view(256, 4, 64).abs().amax(dim=2)
+    blocks = weight.view(256, 4, 64)
+    scale = blocks.gather(2, blocks.abs().argmax(dim=2, keepdim=True)).squeeze(2)
     values = weight.view(256, 4, 64) / scale.unsqueeze(2)
     own = lloyd_fit(values, scale.square().unsqueeze(2).expand_as(values), lloyd(bits, 64))
     fitted = rebuild(quantize(weight, choice, own), choice)

@@ -105,9 +105,10 @@ def test_quantising_is_finite_bounded_and_stays_in_range(problem):
     zero = torch.zeros_like(scale) if quantized.zero is None else quantized.zero.float()
     blocks = weight.view(len(weight), -1, choice.block_size)
     low, high = blocks.amin(dim=-1), blocks.amax(dim=-1)
-    clipped = torch.maximum(scale * (levels[0] - zero) - low, high - scale * (levels[-1] - zero)).clamp(min=0)
+    ends = scale * (levels[0] - zero), scale * (levels[-1] - zero)
+    clipped = torch.maximum(torch.minimum(*ends) - low, high - torch.maximum(*ends)).clamp(min=0)
     # fp32 rounding of value / scale * scale: a few ulps of the block's largest value.
-    bound = levels.diff().max() / 2 * scale + clipped + 1e-6 * torch.maximum(high.abs(), low.abs())
+    bound = levels.diff().max() / 2 * scale.abs() + clipped + 1e-6 * torch.maximum(high.abs(), low.abs())
     assert bool(((weight - rebuilt).abs() <= bound.repeat_interleave(choice.block_size, 1)).all())
     assert not rebuilt[(scale == 0).repeat_interleave(choice.block_size, 1)].any()
 
@@ -141,9 +142,9 @@ def test_what_is_stored_is_what_was_quantised_whole_and_sliced(problem, factor_d
     rows, columns = weight.shape
     generator = _generator(seed)
     quantized = quantize(weight, choice)
-    left, right = torch.randn(rows, rank, generator=generator), torch.randn(rank, columns, generator=generator)
-    sides = (rows, columns) if transposed else (columns, rows)
-    shape = PackedShape(*sides, choice, transposed)
+    inputs, outputs = (rows, columns) if transposed else (columns, rows)
+    left, right = torch.randn(outputs, rank, generator=generator), torch.randn(rank, inputs, generator=generator)
+    shape = PackedShape(inputs, outputs, choice, transposed)
     buffers = packed_buffers(quantized, store_factors(left, right, factor_dtype), shape)
     spec = {name: (getattr(torch, dtype), size) for name, (dtype, size) in shape.buffers().items()}
     assert {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in buffers.items()} == spec

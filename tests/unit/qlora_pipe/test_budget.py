@@ -83,7 +83,7 @@ def test_the_smallest_allocation_keeps_ties(tiny: Architecture) -> None:
 def test_what_is_cheapest_for_one_member_need_not_be_for_all(
     tiny: Architecture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    narrow, wide = Choice(2, 16, 4), Choice(3, 32, 0)
+    narrow, wide = Choice("nf", 2, 16, 4), Choice("nf", 3, 32, 0)
     sizes = {name: {narrow: 10, wide: 11} | ({narrow: 13} if role == "v" else {}) for _, role, name in tiny.linears()}
     monkeypatch.setattr("qlora_pipe.budget.choice_bytes", lambda *_: sizes)
     found = smallest_allocation(tiny, configure())
@@ -99,9 +99,9 @@ def test_what_sets_the_minimum_is_named(tiny: Architecture) -> None:
     places = [text.index(f"{name} ") for name, _ in largest]
     assert places == sorted(places)
     for name, bits in largest:
-        assert re.search(rf"{re.escape(name)} \d+ \(nf{bits}-b32-r0\)", text)
+        assert re.search(rf"{re.escape(name)} \d+ \(lloyd{bits}-b32-r0-Lint8\)", text)
     listed = text.partition("in bytes: ")[2].partition(". Rules")[0]
-    assert listed.count("(nf") == 5
+    assert listed.count("(lloyd") == 5
     assert "leaves 24576 bytes" in text  # 2 bits x 98,304 weights
 
 

@@ -3,7 +3,9 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, ValidationError
 
+from qlora_pipe.architectures import from_config
 from qlora_pipe.config import Config, Dataset, Section
+from qlora_pipe.known import choices_for
 
 SMALLEST: dict[str, Any] = {"model": "m", "data": {"calibration": "a.txt", "task": "b.txt"}}
 
@@ -93,13 +95,69 @@ def test_resolved_settings_validate_to_the_same() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"scale_bits": 16, "scale_dtype": "float32"}, "with scale_bits 16, got 'float32'"),
-        ({"scale_bits": 32}, "with scale_bits 32, got 'bfloat16'"),
-        ({"scale_bits": 16, "superblock": 4}, "superblock must be None"),
+        ({"scale_bits": [16], "scale_dtypes": ["float32"]}, "with scale_bits 16, got 'float32'"),
+        ({"scale_bits": [8, 32]}, "with scale_bits 32, got 'bfloat16'"),
+        ({"scale_bits": [16], "superblocks": [4]}, "superblock must be None"),
+        ({"scale_bits": []}, "at least one value"),
+        ({"scale_bits": [5]}, "2, 3, 4, 8, 16 or 32"),
+        ({"superblocks": ["column"]}, "row"),
+        ({"superblocks": [0]}, "greater than or equal to 1"),
         ({"grids": []}, "at least one value"),
+        ({"metric": "fisher", "rounding": "feedback"}, "feedback needs metric: covariance"),
+        ({"metric": "none", "rounding": "feedback"}, "feedback needs metric: covariance"),
+        ({"method": "lq", "rounding": "feedback"}, "feedback needs metric: covariance"),
+        ({"method": "lq", "metric": "covariance"}, "method: lq has metric fisher or none"),
+        ({"method": "lq", "metric": "covariance", "rounding": "feedback"}, "method: lq has metric fisher or none"),
+        ({"damping": 0.0}, "greater than 0"),
+        ({"table": "sampled"}, "estimated"),
     ],
 )
-def test_scales_of_no_format_are_refused(settings: dict[str, Any], message: str) -> None:
+def test_decompositions_that_cannot_be_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         config(decompose=settings)
-    assert config(decompose={"scale_bits": 16, "factor_dtype": "int8"}).decompose.choice("nf", 4, 64, 0).direct
+
+
+def test_scales_kept_as_they_are_and_coded_ones() -> None:
+    assert {choice.direct for choice in config(decompose={"scale_bits": [16]}).decompose.formats()} == {True}
+    found = config(decompose={"scale_bits": [8, 16], "superblocks": ["row"]}).decompose
+    assert {choice.direct for choice in found.formats()} == {True, False}
+    assert config(decompose={"superblocks": ["row", 64, 4]}).decompose.superblocks == (4, 64, "row")
+
+
+def test_every_format_is_offered_once() -> None:
+    settings = {"grids": ["nf", "lloyd", "int", "uint"], "scale_bits": [4, 8], "superblocks": ["row", 16]}
+    found = config(decompose=settings).decompose.formats()
+    # bits x block sizes x ranks, of each NormalFloat and Lloyd in 4 forms of scales, of the integers in one.
+    assert len(found) == len(set(found)) == 3 * 4 * 4 * (2 * 4 + 2)
+
+
+def test_defaults_of_the_methods() -> None:
+    ours, published = config().decompose, config(decompose={"method": "lq"}).decompose
+    assert (ours.metric, ours.rounding, ours.patience) == ("covariance", "feedback", 2)
+    assert (published.metric, published.rounding, published.patience) == ("fisher", "nearest", None)
+    assert (published.ranks, published.iterations, published.table) == ((64,), 100, "full")
+    named = config(decompose={"method": "lq", "metric": "none", "iterations": 7}).decompose
+    assert (named.metric, named.iterations, named.rounding) == ("none", 7, "nearest")
+    for metric in ("fisher", "none"):
+        assert config(decompose={"metric": metric}).decompose.rounding == "nearest"
+
+
+@pytest.mark.parametrize(("widths", "count"), [((2, 3, 4), 243), ((2, 3, 4, 8), 432)])
+def test_the_published_grids(widths: tuple[int, ...], count: int) -> None:
+    """What a square matrix of 4,096 is offered."""
+    architecture = from_config(
+        {
+            "model_type": "llama",
+            "hidden_size": 4096,
+            "intermediate_size": 11008,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 32,
+            "vocab_size": 260,
+        }
+    )
+    settings = {"method": "lq"} | ({"bits": widths, "scale_bits": widths} if 8 in widths else {})
+    for role in ("q", "o"):
+        found = choices_for(architecture, role, 0, config(decompose=settings))
+        assert len(found) == len(set(found)) == count
+        assert {choice.grid for choice in found} == {"nf"}
+        assert {choice.superblock for choice in found} == {16, 64, 256}

@@ -172,7 +172,7 @@ def test_a_damaged_table(copied: Path, change: Callable[[Any], Any]) -> None:
 
 def test_a_table_of_other_settings(copied: Path) -> None:
     with pytest.raises(ArtifactError, match=r"measured with other settings than config\.yaml has"):
-        show_frontier(settle(copied, factor_dtype="float32"))
+        show_frontier(settle(copied, damping=0.5))
 
 
 def test_the_model_is_gone(copied: Path) -> None:

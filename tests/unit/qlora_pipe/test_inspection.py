@@ -31,7 +31,7 @@ def test_a_run(run_builder: Build) -> None:
         assert row(text, stage)[:2] == [stage, read_manifest(run / stage).identity[:12]]
     assert "11 of 11 stages" in text
     assert row(text, "train.rank") == ["train.rank", "4", "16"]
-    assert row(text, "decompose.ranks") == ["decompose.ranks", "4", "16"]
+    assert row(text, "decompose.ranks") == ["decompose.ranks", "4", "0, 16, 32, 64"]
     assert row(text, "model ") == ["model", "package:tiny", "-"]
     assert row(text, "data.evaluation.c4.source") == ["data.evaluation.c4.source", "c4.txt", "-"]
     settings = text[text.index("settings that differ") :]

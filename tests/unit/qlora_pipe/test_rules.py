@@ -12,7 +12,7 @@ from quant.storage import Choice
 
 LAYERS = 3
 NAMES = [linear_name(layer, role) for layer in range(LAYERS) for role in ROLES]
-CHOICES = [Choice(bits, block, rank) for bits in (2, 3, 4) for block in (32, 64) for rank in (0, 16)]
+CHOICES = [Choice("nf", bits, block, rank) for bits in (2, 3, 4) for block in (32, 64) for rank in (0, 16)]
 
 
 def narrowed(*rules: dict[str, Any], ties: tuple[Tie, ...] = (), **special: list[Choice]) -> Narrowed:
@@ -59,7 +59,7 @@ def test_who_a_rule_is_for(selector: dict[str, Any], expected: set[tuple[int, st
         ({"bits": 4}, [c for c in CHOICES if c.bits == 4]),
         ({"block_size": 64}, [c for c in CHOICES if c.block_size == 64]),
         ({"rank": 0}, [c for c in CHOICES if c.rank == 0]),
-        ({"bits": 2, "block_size": 32, "rank": 16}, [Choice(2, 32, 16)]),
+        ({"bits": 2, "block_size": 32, "rank": 16}, [Choice("nf", 2, 32, 16)]),
     ],
 )
 def test_what_a_rule_leaves(constraint: dict[str, int], expected: list[Choice]) -> None:
@@ -69,7 +69,7 @@ def test_what_a_rule_leaves(constraint: dict[str, int], expected: list[Choice]) 
 
 def test_several_rules_hold_together() -> None:
     found = narrowed({"min_bits": 3}, {"roles": ("q",), "max_bits": 3, "rank": 0})
-    assert found.choices[NAMES[0]] == (Choice(3, 32, 0), Choice(3, 64, 0))
+    assert found.choices[NAMES[0]] == (Choice("nf", 3, 32, 0), Choice("nf", 3, 64, 0))
     assert {choice.bits for choice in found.choices[NAMES[1]]} == {3, 4}
 
 
@@ -130,10 +130,10 @@ def test_a_pattern_that_matches_nothing() -> None:
 
 
 def test_tied_matrices_may_take_what_all_of_them_can() -> None:
-    few = [Choice(4, 64, 16), Choice(4, 32, 0), Choice(3, 128, 0), Choice(2, 32, 0)]
+    few = [Choice("nf", 4, 64, 16), Choice("nf", 4, 32, 0), Choice("nf", 3, 128, 0), Choice("nf", 2, 32, 0)]
     found = narrowed({"roles": ("q",), "min_bits": 3}, ties=(("q", "k", "v"),), k=few)
     # The order is that of the group's first member, for all of them.
-    assert {found.choices[name] for name in NAMES[:3]} == {(Choice(4, 32, 0), Choice(4, 64, 16))}
+    assert {found.choices[name] for name in NAMES[:3]} == {(Choice("nf", 4, 32, 0), Choice("nf", 4, 64, 16))}
     assert found.choices[NAMES[3]] == tuple(CHOICES)
 
 
@@ -144,7 +144,7 @@ def test_a_floor_on_one_member_binds_the_group() -> None:
 
 def test_ties_that_cannot_hold_for_the_shapes() -> None:
     with pytest.raises(ConfigError, match="have no configuration in common") as caught:
-        narrowed(ties=("*.self_attn.*",), o=[Choice(2, 16, 0)])
+        narrowed(ties=("*.self_attn.*",), o=[Choice("nf", 2, 16, 0)])
     text = str(caught.value)
     assert "and 8 more" in text
     assert (

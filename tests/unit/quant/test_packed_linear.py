@@ -42,8 +42,7 @@ def filled(choice: Choice, transposed: bool, *, bias: bool = False) -> PackedLin
     shape = PackedShape(IN, OUT, choice, transposed, bias)
     module = PackedLinear(shape)
     left, right = 0.1 * draw(OUT, choice.rank, seed=2), draw(choice.rank, IN, seed=3)
-    first, second = (right.t(), left.t()) if transposed else (left, right)
-    factors = store_factors(first, second, choice.factor_dtype)
+    factors = store_factors(left, right, choice.factor_dtype)
     module.load_state_dict(
         packed_buffers(stored_weight(choice, transposed), factors, shape, draw(OUT, seed=4) if bias else None)
     )

@@ -31,7 +31,7 @@ def test_codes_are_the_nearest_within_the_second_level(scale_bits, superblock):
     assert stored.values.dtype == torch.uint8
     assert stored.offset.item() == wanted.min().item()
     every = torch.stack(
-        [decode_scale(torch.full((6, 8), float(code)), stored, choice) for code in range(2**scale_bits)]
+        [decode_scale(torch.full((6, 8), code, dtype=torch.uint8), stored, choice) for code in range(2**scale_bits)]
     )
     nearest = (every - wanted).abs().amin(dim=0)
     # 1e-6: fp32 rounding where a scale lies half way between two codes.
@@ -56,6 +56,34 @@ def test_scales_decided_later_take_the_second_level_as_it_is(superblock):
     assert encode_scale(torch.zeros(6, 8), stored, choice).unique().tolist() == [0]
 
 
+@pytest.mark.parametrize("scale_bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("superblock", [None, 12])
+def test_signs_take_the_top_bit_of_a_code(scale_bits, superblock):
+    """Magnitudes are coded as on a grid without signs that has one bit less, where that width exists."""
+    choice = Choice("lloyd", 3, 32, 0, scale_bits, "float32", superblock)
+    sign = torch.where(torch.rand(6, 8, generator=torch.Generator().manual_seed(2)) < 0.5, -1.0, 1.0)
+    wanted = _wanted()
+    stored = quantize_scales(sign * wanted, choice)
+    assert stored.values.dtype == torch.uint8
+    assert stored.offset.item() == wanted.min().item()
+    top = 2 ** (scale_bits - 1)
+    assert torch.equal(stored.values >= top, sign < 0)
+    assert int(stored.values.max()) < 2 * top
+    found = scales(stored, choice)
+    assert torch.equal(found.sign(), sign)
+    alike = quantize_scales(wanted, choice)
+    assert torch.equal(alike.values, stored.values % top)
+    torch.testing.assert_close(found.abs(), scales(alike, choice), rtol=0, atol=0)
+    if scale_bits in (3, 4):
+        plain = Choice("nf", 3, 32, 0, scale_bits - 1, "float32", superblock)
+        torch.testing.assert_close(found.abs(), scales(quantize_scales(wanted, plain), plain), rtol=0, atol=0)
+    for block in range(8):
+        part = slice(block, block + 1)
+        codes = encode_scale((sign * wanted)[:, part], stored, choice, part)
+        assert torch.equal(codes, stored.values[:, part])
+        assert torch.equal(decode_scale(codes, stored, choice, part), found[:, part])
+
+
 def test_superblocks_span_rows_in_row_major_order():
     wanted = torch.tensor([[1.0, 2.0], [5.0, 9.0], [3.0, 4.0]])
     stored = quantize_scales(wanted, Choice("nf", 4, 2, 0, scale_dtype="float32", superblock=3))
@@ -71,6 +99,9 @@ def test_bad_scales_are_refused():
         quantize_scales(_wanted() / 0, choice)
     with pytest.raises(NonFiniteError, match=r"torch\.float16"):
         quantize_scales(_wanted() * 1e6, Choice("int", 4, 16, 0, 16, "float16"))
+    direct = Choice("int", 4, 16, 0, 16, "float16")
+    with pytest.raises(NonFiniteError, match=r"torch\.float16"):
+        encode_scale(_wanted() * 1e6, quantize_scales(_wanted(), direct), direct)
     with pytest.raises(ShapeError, match="superblocks of 5"):
         quantize_scales(_wanted(), Choice("nf", 4, 16, 0, superblock=5))
     stored = quantize_scales(_wanted(), choice)
