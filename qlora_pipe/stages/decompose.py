@@ -31,6 +31,7 @@ def run(context: Context) -> None:
                 transposed=shape.transposed,
                 max_iterations=settings.iterations,
                 patience=settings.patience,
+                quantize_first=settings.start == "quantize",
             )
             bias = context.base_reader.read_float(f"{name}.bias") if shape.bias else None
             factors = (result.left, result.right, result.factor_scale)

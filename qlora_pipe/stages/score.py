@@ -48,6 +48,7 @@ def _losses(
             transposed=transposed,
             max_iterations=settings.iterations,
             patience=settings.patience,
+            quantize_first=settings.start == "quantize",
         )
     return error_table(
         weight,
