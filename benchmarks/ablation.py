@@ -3,12 +3,12 @@
     python benchmarks/ablation.py [--short] [--json FILE] [--model smollm2|gemma3|stories260k] [--budget 2.75]
         [--draws 3] [--only NAMES] [--windows N] [--calibration N]
 
-Each draw calibrates on another part of the calibration text: the text is cut into as many parts, and rows are taken from
-the start of each. Both sides of a row share the draw. Ratio is perplexity with the piece over perplexity without it, the
-geometric mean over draws; below 1 it pays. Spread is its standard deviation over draws; with one draw the standard error
-over windows. The metrics are compared under rounding to nearest, since feedback needs the covariance: they differ in
-the metric alone. The last row is the same budget against one configuration for all matrices at that one's bytes.
-Text and models: benchmarks/perplexity.py.
+Each draw calibrates on another part of the calibration text: the text is cut into as many parts, and rows are taken
+from the start of each. Both sides of a row share the draw. Ratio is perplexity with the piece over perplexity without
+it, the geometric mean over draws; below 1 it pays. Spread is its standard deviation over draws; with one draw the
+standard error over windows. The metrics are compared under rounding to nearest, since feedback needs the covariance:
+they differ in the metric alone. The last row is the same budget against one configuration for all matrices at that
+one's bytes. Text and models: benchmarks/perplexity.py.
 """
 
 import argparse

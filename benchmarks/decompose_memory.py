@@ -2,10 +2,10 @@
 
     python benchmarks/decompose_memory.py [--short] [--json FILE]
 
-Random checkpoints of 2, 8 and 32 layers (hidden 512, feed-forward 1408, 260 tokens), in shards. Each is run in a process
-of its own; a stage's peak is the high-water mark of its resident memory, imported libraries included. Ours is the
-deeper model's peak, the peer that of the one with 2 layers; what the added layers weigh in fp32 is named, since a stage
-that held the model would grow by it. Planned bytes are those of the plan, written ones those on disk.
+Random checkpoints of 2, 8 and 32 layers (hidden 512, feed-forward 1408, 260 tokens), in shards. Each is run in a
+process of its own; a stage's peak is the high-water mark of its resident memory, imported libraries included. Ours is
+the deeper model's peak, the peer that of the one with 2 layers; what the added layers weigh in fp32 is named, since a
+stage that held the model would grow by it. Planned bytes are those of the plan, written ones those on disk.
 """
 
 import json

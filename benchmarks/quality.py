@@ -9,10 +9,10 @@ that is estimated under the method's own metric. Text and models: benchmarks/per
 
 LQ-LoRA (lq, lq-fisher) and LoftQ have NF levels and low-rank factors of 8 bits, as LQ-LoRA stores them. Its 243
 configurations have rank 64, which in 8 bits is 1.2 bits a weight of matrices as small as these: 2.5 to 3 bits in all
-could not be met. So the three are offered ranks 4, 8 and 16 (stories260k: 1, 2, 4), 2 to 4 bits, blocks of 32 or 64 with
-8-bit scales and one superblock a row. LQ-LoRA's loop stops as published, but after 20 iterations at most; LoftQ's makes
-5. GPTQ has integers with a zero point in groups of 64 or 128: SmolLM2's weights come from a 4-bit grid in groups of 32,
-on which a quantiser would look lossless.
+could not be met. So the three are offered ranks 4, 8 and 16 (stories260k: 1, 2, 4), 2 to 4 bits, blocks of 32 or 64
+with 8-bit scales and one superblock a row. LQ-LoRA's loop stops as published, but after 20 iterations at most; LoftQ's
+makes 5. GPTQ has integers with a zero point in groups of 64 or 128: SmolLM2's weights come from a 4-bit grid in groups
+of 32, on which a quantiser would look lossless.
 
 Ratio is perplexity over that of the unquantised model, spread its standard error over windows. After each budget: ours
 over the lowest of the others, and how much of the distance in log-perplexity between the better LQ-LoRA and the

@@ -56,10 +56,10 @@ def decompose(
     covariance of). Factors are rounded before the quantisation, so the loss is that of the stored numbers. `transposed`
     stores Q as [in, out]. Stops after `patience` iterations in a row without improvement, or at `max_iterations`, and
     returns the best; with patience None as published: stops at the first increase and returns the last, which is the
-    worse of the two. `quantize_first` is LoftQ (arXiv 2310.08659, algorithm 1) instead: the low-rank part starts at zero
-    and ends with one more fit, all `max_iterations` are made, and the last is returned, to which `losses` then adds an
-    entry. `first` replaces the first fit: (left [out, rank], right [rank, in]), for instance shared between
-    choices. `levels` [2**bits] replace the grid's own, see `quantize`.
+    worse of the two. `quantize_first` is LoftQ (arXiv 2310.08659, algorithm 1) instead: the low-rank part starts at
+    zero and is fitted once more at the end, for which `losses` has an entry of its own; all `max_iterations` are made
+    and the last is returned. `first` replaces the first fit: (left [out, rank], right [rank, in]), for instance shared
+    between choices. `levels` [2**bits] replace the grid's own, see `quantize`.
 
     Same input and generator state, same result on one device. Peak: four fp32 copies of `weight` beside it plus two
     sets of codes. Raises ShapeError, QuantError or NonFiniteError as `quantize` and `Metric.fit` do.
