@@ -82,6 +82,9 @@ class Decompose(Section):
         "table; full: the whole decomposition",
     )
     table_outputs: Positive = Field(512, description="outputs of a matrix behind an estimated entry")
+    start: Literal["lowrank", "quantize"] = Field(
+        "lowrank", description="part that is made first; quantize: LoftQ's loop, all iterations and the last returned"
+    )
     iterations: Positive = Field(4, description="most alternations of a decomposition")
     time_limit: Rate = Field(60.0, description="seconds the exact solver may take; cut short, it states the gap")
 

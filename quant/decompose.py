@@ -45,6 +45,7 @@ def decompose(
     transposed: bool = False,
     max_iterations: int = 20,
     patience: int | None = 2,
+    quantize_first: bool = False,
     first: tuple[Tensor, Tensor] | None = None,
     levels: Tensor | None = None,
 ) -> Decomposition:
@@ -55,14 +56,18 @@ def decompose(
     covariance of). Factors are rounded before the quantisation, so the loss is that of the stored numbers. `transposed`
     stores Q as [in, out]. Stops after `patience` iterations in a row without improvement, or at `max_iterations`, and
     returns the best; with patience None as published: stops at the first increase and returns the last, which is the
-    worse of the two. `first` replaces the first fit: (left [out, rank], right [rank, in]), for instance shared between
-    choices. `levels` [2**bits] replace the grid's own, see `quantize`.
+    worse of the two. `quantize_first` is LoftQ (arXiv 2310.08659, algorithm 1) instead: the low-rank part starts at
+    zero and is fitted once more at the end, for which `losses` has an entry of its own; all `max_iterations` are made
+    and the last is returned. `first` replaces the first fit: (left [out, rank], right [rank, in]), for instance shared
+    between choices. `levels` [2**bits] replace the grid's own, see `quantize`.
 
     Same input and generator state, same result on one device. Peak: four fp32 copies of `weight` beside it plus two
     sets of codes. Raises ShapeError, QuantError or NonFiniteError as `quantize` and `Metric.fit` do.
     """
     if max_iterations < 1 or (patience is not None and patience < 1):
         raise QuantError(f"max_iterations and patience must be positive, got {max_iterations} and {patience}")
+    if quantize_first and first is None:
+        first = weight.new_zeros(weight.shape[0], choice.rank), weight.new_zeros(choice.rank, weight.shape[1])
     if first is not None:
         _check_first(first, weight, choice.rank)
     losses: list[float] = []
@@ -81,13 +86,17 @@ def decompose(
         if transposed:
             target = target.T
         losses.append(metric.loss(residual.sub_(target)))
-        if kept is None or patience is None or losses[-1] < losses[at]:
+        if kept is None or patience is None or quantize_first or losses[-1] < losses[at]:
             kept, at = (quantized, *stored), iteration
-        if patience is None and iteration and losses[-1] > losses[-2]:
+        if patience is None and not quantize_first and iteration and losses[-1] > losses[-2]:
             break
         if patience is not None and iteration - at >= patience:
             break
         target = weight - target
+    if quantize_first and choice.rank:
+        stored = store_factors(*metric.fit(target, choice.rank, generator), choice.factor_dtype)
+        losses.append(metric.loss(target - torch.matmul(*dequantize_factors(*stored))))
+        kept, at = (quantized, *stored), len(losses) - 1
     assert kept is not None  # the loop ran at least once
     return Decomposition(*kept, losses=tuple(losses), loss=losses[at], at=at)
 

@@ -105,6 +105,7 @@ def full_table(
     transposed: bool = False,
     max_iterations: int = 20,
     patience: int | None = 2,
+    quantize_first: bool = False,
 ) -> list[float]:
     """Loss of every one of `choices` after the whole decomposition, in order: LQ-LoRA's table (arXiv 2311.12023,
     section 3.2) with patience None. Each starts from a generator seeded alike. Peak, errors: those of `decompose`."""
@@ -118,6 +119,7 @@ def full_table(
             transposed=transposed,
             max_iterations=max_iterations,
             patience=patience,
+            quantize_first=quantize_first,
         ).loss
         for choice in choices
     ]

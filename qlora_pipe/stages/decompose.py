@@ -59,6 +59,7 @@ def _one(context: Context, moments: Moments, matrix: Matrix) -> Decomposed:
         transposed=shape.transposed,
         max_iterations=settings.iterations,
         patience=settings.patience,
+        quantize_first=settings.start == "quantize",
     )
     bias = context.base_reader.read_float(f"{name}.bias") if shape.bias else None
     buffers = packed_buffers(result.quantized, (result.left, result.right, result.factor_scale), shape, bias)

@@ -76,6 +76,7 @@ def _losses(context: Context, moments: Moments, matrix: Matrix, choices: list[Ch
             transposed=transposed,
             max_iterations=settings.iterations,
             patience=settings.patience,
+            quantize_first=settings.start == "quantize",
         )
     return error_table(
         weight,
