@@ -147,7 +147,7 @@ def losses(config: Config, windows: Sequence[Tokens]) -> tuple[list[float], dict
     made = [decompose.STAGE.code_version, decompose.STAGE.settings(config), artifacts["allocate"].identity]
 
     def measured() -> list[float]:
-        done = compile_model(config, Reporter(), until="decompose")
+        done = compile_model(config, Reporter(), until="refine")
         model = decomposed_model(context(config, done))
         shutil.rmtree(done["decompose"].folder)
         return [score(model, [window]).loss for window in windows]

@@ -60,6 +60,7 @@ def methods(ranks: Sequence[int]) -> dict[str, tuple[str, ...]]:
         "lq-fisher": setting("decompose", **lq, metric="fisher"),
         "gptq": (*setting("decompose", **gptq), *setting("calibrate", weighting="none")),
         "ours": (),
+        "ours+refine": setting("refine", enabled=True, steps=100, batch_size=1, length=512),
     }
 
 
