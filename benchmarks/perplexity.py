@@ -37,7 +37,7 @@ from qlora_pipe.hf.tokens import load_tokenizer
 from qlora_pipe.hf.tokens import rows as token_rows
 from qlora_pipe.plan import know
 from qlora_pipe.sources import cache_folder
-from qlora_pipe.stages import decompose
+from qlora_pipe.stages import decompose, refine
 from qlora_pipe.stages.base import Context
 from qlora_pipe.stages.models import base_model, decomposed_model
 
@@ -144,12 +144,14 @@ def heldout(subject: Subject, count: int) -> tuple[Tokens, ...]:
 def losses(config: Config, windows: Sequence[Tokens]) -> tuple[list[float], dict[str, Any]]:
     """Mean loss of each window under the decomposed model, and the body of its allocation.json."""
     artifacts = compile_model(config, Reporter(), until="allocate")
-    made = [decompose.STAGE.code_version, decompose.STAGE.settings(config), artifacts["allocate"].identity]
+    made = [(stage.code_version, stage.settings(config)) for stage in (decompose.STAGE, refine.STAGE)]
+    made.append(artifacts["allocate"].identity)
 
     def measured() -> list[float]:
         done = compile_model(config, Reporter(), until="refine")
         model = decomposed_model(context(config, done))
-        shutil.rmtree(done["decompose"].folder)
+        for stage in ("decompose", "refine"):
+            shutil.rmtree(done[stage].folder)
         return [score(model, [window]).loss for window in windows]
 
     return _kept(config, [*made, [window.input_ids for window in windows]], measured), allocation(artifacts)
