@@ -11,6 +11,7 @@ from quant.decompose import decompose
 from quant.exceptions import ShapeError
 from quant.linear import PackedLinear
 from quant.pack import unpack
+from quant.rebuild import CHUNK_ELEMENTS
 from quant.storage import Choice, PackedShape
 from quant.tunable import TunableLinear
 
@@ -79,6 +80,22 @@ def test_gradients_are_those_of_autograd(choice: Choice, transposed: bool) -> No
 
 
 @BOTH
+def test_gradients_of_a_map_that_takes_several_chunks(transposed: bool) -> None:
+    shape = PackedShape(1024, 1152, Choice("lloyd", 2, 64, 0), transposed)
+    assert shape.rows * shape.columns > CHUNK_ELEMENTS
+    generator = torch.Generator().manual_seed(4)
+    weight = torch.randn(1152, 1024, generator=generator)
+    found = decompose(weight, shape.choice, generator=generator, transposed=transposed)
+    module = TunableLinear(shape, packed_buffers(found.quantized, (found.left, found.right, None), shape))
+    x = torch.randn(2, 1024, generator=generator, requires_grad=True)
+    grad = torch.randn(2, 1152, generator=generator)
+    inputs = [x, module.scale_change, module.level_change]
+    expected = torch.autograd.grad(x @ dense(module).T, inputs, grad)
+    for one, other in zip(torch.autograd.grad(module(x), inputs, grad), expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-2)
+
+
+@BOTH
 def test_integer_grids_keep_their_levels_and_rank_zero_has_no_factors(transposed: bool) -> None:
     def trained(choice: Choice) -> set[str]:
         module = TunableLinear(*made(choice, transposed))
@@ -112,7 +129,7 @@ def test_levels_that_change_places_take_their_codes_along() -> None:
     shape, buffers = made(replace(CHOICES[1], bits=2), transposed=False, bias=False)
     module = TunableLinear(shape, buffers)
     with torch.no_grad():
-        module.level_change[0] = 0.1 + module.levels[1] - module.levels[0]
+        module.level_change[0] = 0.05 + module.levels[2] - module.levels[0]
     stored = module.packed()
     assert bool((stored["levels"].diff() > 0).all())
     packed = PackedLinear(shape)
