@@ -30,17 +30,17 @@ def dequantize_packed(
         raise ShapeError(
             f"words {list(words.shape)} and scale {[rows, blocks]} do not fit {columns} codes of {bits} bits"
         )
-    octets = words.contiguous().view(torch.uint8)
+    octets = words.view(torch.uint8)
     index = _plane_index(octets.view(rows, -1, 3, 4)) if bits == 3 else octets
     table = levels.index_select(0, _codes_behind(bits, levels.device))
     per_index = len(table) >> (_NIBBLES if bits == 3 else 8)
     # One wide element is fetched at once, four floats are not.
     wide = table.view({1: torch.float32, 2: torch.int64, 4: torch.complex128}[per_index])
-    found = wide.index_select(0, index.reshape(-1).to(torch.int32)).view(torch.float32)
-    found = found.view(rows, -1)[:, :columns].reshape(rows, blocks, columns // blocks)
+    weight = wide.index_select(0, index.reshape(-1).to(torch.int32)).view(torch.float32)
+    weight = weight.view(rows, -1)[:, :columns].reshape(rows, blocks, columns // blocks)
     if zero is not None:
-        found = found - zero.unsqueeze(-1)
-    return (found * scale.unsqueeze(-1)).view(rows, columns)
+        weight = weight - zero.unsqueeze(-1)
+    return (weight * scale.unsqueeze(-1)).view(rows, columns)
 
 
 def _plane_index(octets: Tensor) -> Tensor:
