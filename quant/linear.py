@@ -16,23 +16,34 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from quant.blockwise import dequantize
 from quant.buffers import first_level_scales, zero_points
 from quant.exceptions import QuantError, ShapeError
-from quant.pack import unpack
+from quant.lookup import dequantize_packed
 from quant.rebuild import add_product_, autocast_input, check_input, row_chunks, without_autocast
 from quant.scales import torch_dtype
 from quant.storage import PackedShape
 
 Buffers = Mapping[str, Tensor]
 
+# Weights rebuilt at once: they are still in the CPU's cache when they are multiplied.
+_CHUNK = 1 << 18
+
 
 def _stored_chunks(buffers: Buffers, shape: PackedShape) -> Iterator[tuple[slice, Tensor]]:
     """Rows of the stored Q, fp32 [chunk, columns], in order."""
     scale, zero = first_level_scales(buffers, shape), zero_points(buffers, shape)
-    for rows in row_chunks(shape.rows, shape.columns):
-        codes = unpack(buffers["codes"][rows], shape.choice.bits, shape.columns)
-        yield rows, dequantize(codes, scale[rows], buffers["levels"], None if zero is None else zero[rows])
+    for rows in row_chunks(shape.rows, shape.columns, max(1, _CHUNK // shape.columns)):
+        yield (
+            rows,
+            dequantize_packed(
+                buffers["codes"][rows],
+                shape.choice.bits,
+                shape.columns,
+                scale[rows],
+                buffers["levels"],
+                None if zero is None else zero[rows],
+            ),
+        )
 
 
 def _product(v: Tensor, buffers: Buffers, shape: PackedShape, along_input: bool) -> Tensor:
@@ -79,7 +90,7 @@ class PackedLinear(nn.Module):
     Every stored tensor is a buffer with the name, dtype and shape of ``shape.buffers()``; load them with
     ``load_state_dict``.
 
-    Peak bytes beyond the result: forward and backward about 12 x 2**20 for the chunk being rebuilt, and an
+    Peak bytes beyond the result: forward and backward about 3 x 2**20 for the chunk being rebuilt, and an
     fp32 copy of the result for half-precision activations.
 
     Raises:
@@ -149,7 +160,7 @@ class PackedLinear(nn.Module):
         summed in fp64, where products of factors of up to 16 bits are exact, also with a component's scale, so
         a row is the same bits in a full and in a sliced map.
 
-        Peak bytes: 4 x out x in for the result, plus about 28 x 2**20 for the chunk being rebuilt.
+        Peak bytes: 4 x out x in for the result, plus about 7 x 2**20 for the chunk being rebuilt.
         """
         shape, buffers = self.shape, self._frozen()
         left, right = buffers["lowrank_left"].double(), buffers["lowrank_right"].double()

@@ -107,7 +107,7 @@ def test_slicing_stored_rows_slices_the_weight_bit_for_bit(choice, transposed, i
 @pytest.mark.parametrize(("choice", "transposed"), SHAPES)
 @pytest.mark.parametrize("chunk_elements", [1 << 20, 7 * OUT])
 def test_forward_and_gradients_match_a_dense_float64_twin(choice, transposed, chunk_elements, monkeypatch):
-    monkeypatch.setattr("quant.rebuild.CHUNK_ELEMENTS", chunk_elements)
+    monkeypatch.setattr("quant.linear._CHUNK", chunk_elements)
     module = filled(choice, transposed, bias=True)
     module.attach_adapter(3, 6.0, generator(6))
     with torch.no_grad():
