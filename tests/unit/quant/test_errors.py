@@ -64,7 +64,13 @@ def test_the_first_iteration_of_every_rank_is_estimated_from_one_fit(transposed,
         left, right = metric.fit(_weight(), 12, _generator(7))
         first = left[:, : choice.rank], right[: choice.rank]
         made = decompose(
-            _weight(), choice, generator=_generator(), metric=metric, transposed=transposed, max_iterations=1, first=first
+            _weight(),
+            choice,
+            generator=_generator(),
+            metric=metric,
+            transposed=transposed,
+            max_iterations=1,
+            first=first,
         )
         expected.append(made.loss)
     monkeypatch.setattr(Metric, "fit", counted)
