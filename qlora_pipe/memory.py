@@ -7,7 +7,7 @@ Each figure is a sum of parts with a name: the libraries, weights that stay, wha
 import math
 from dataclasses import dataclass
 
-from prune.groups import shape_of
+from prune.groups import PRUNED_AXIS, shape_of
 from qlora_pipe import layouts
 from qlora_pipe.architectures import EMBEDDING, SITES, Architecture
 from qlora_pipe.config import Optimisation
@@ -68,8 +68,11 @@ def _work(stage: str, known: Known) -> _Work:
         return _Work(0, 2 * _FLOAT * _parameters(full) if known.converts else 0)
     if stage == "calibrate":
         return _Work(_calibration(known), stream)
-    if stage in ("score", "decompose", "prune"):
-        return _Work(0, matrix if stage == "score" else max(matrix, stream))
+    if stage in ("score", "decompose"):
+        working = matrix + _covariances(known)
+        return _Work(0, working if stage == "score" else max(working, stream))
+    if stage == "prune":
+        return _Work(0, max(matrix, stream))
     if stage == "refine" and config.refine.enabled:
         packed = layouts.tensor_bytes(known.decomposed())
         models = packed + _dense(known, full) + (_TRAINED_COPIES + 1) * _tuned(known)
@@ -100,6 +103,21 @@ def _calibration(known: Known) -> int:
     sums = sum(8 * full.site_width(0, site) ** 2 for site in SITES) if settings.covariance else 0
     backward = max(_kept(full, tokens, known) // len(full.layers), _head(known, tokens))
     return width * (outer + 2 * layer) + norms + max(backward, _passing(full, tokens) + sums)
+
+
+def _covariances(known: Known) -> int:
+    """Of the widest input: its covariance and the one before or being unpacked; with feedback two float64 matrices of
+    its factorisation, and a root for every order that columns are rounded in.
+    """
+    settings, largest = known.config.decompose, 0
+    if settings.metric != "covariance":
+        return 0
+    for layer, role, _ in known.architecture.linears():
+        width = shape_of(role, known.architecture.layers[layer])[1]
+        orders = 1 if PRUNED_AXIS[role] == "columns" else len(settings.block_sizes)
+        passing = 2 * 8 + orders * _FLOAT if settings.rounding == "feedback" else 0
+        largest = max(largest, (2 * _FLOAT + passing) * width**2)
+    return largest
 
 
 def _dense(known: Known, architecture: Architecture) -> int:

@@ -38,7 +38,7 @@ from quant.storage import Choice
 
 STEPS = ("train.learning_rate=0.02", "compact.learning_rate=0.02")
 IDS = torch.arange(2 * 40).reshape(2, 40) * 11 % 256
-GRIDS = ("decompose.grids=[lloyd, uint]", "decompose.superblocks=[4]")
+GRIDS = ("decompose.grids=[lloyd, uint]", "decompose.superblocks=[4]", "decompose.budget=5.8bits")
 VARIANTS = {
     "llama": ("llama", {}, ()),
     "llama-bias": ("llama", {"attention_bias": True, "mlp_bias": True}, ()),

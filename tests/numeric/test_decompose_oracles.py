@@ -36,6 +36,30 @@ def test_losses_fall_until_the_loop_stops_and_the_best_is_returned(bits):
     assert result.loss == min(result.losses)
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_published_loop_stops_at_the_first_increase_and_returns_what_is_worse(bits, weighted):
+    """Recorded losses do not rise but for the last, which is returned; the best of the same loop is what was before."""
+    rows, columns = torch.rand(64, generator=generator(5)) + 0.2, torch.rand(128, generator=generator(6)) + 0.2
+    metric = Metric(rows, columns) if weighted else Metric()
+    weight, choice = _spiked(64, 128), Choice("nf", bits, 64, 8, scale_bits=4, superblock=16, factor_dtype="float32")
+    settings = {"metric": metric, "max_iterations": 100}
+    result = decompose(weight, choice, generator=generator(), patience=None, **settings)
+    again = decompose(weight, choice, generator=generator(), patience=None, **settings)
+    assert (again.losses, torch.equal(again.left, result.left)) == (result.losses, True)
+    assert 1 < len(result.losses) < 100
+    assert all(later <= earlier for earlier, later in itertools.pairwise(result.losses[:-1]))
+    assert result.losses[-1] > result.losses[-2]
+    assert (result.loss, result.at) == (result.losses[-1], len(result.losses) - 1)
+    error = weight - rebuild(result.quantized, choice) - result.left @ result.right
+    assert metric.loss(error) == pytest.approx(result.loss, rel=1e-4)
+    best = decompose(weight, choice, generator=generator(), patience=1, **settings)
+    assert best.losses == result.losses
+    assert best.loss == min(best.losses) < result.loss
+    capped = decompose(weight, choice, generator=generator(), patience=None, metric=metric, max_iterations=2)
+    assert capped.losses == result.losses[:2]
+
+
 def test_first_iteration_quantises_what_the_best_fit_leaves():
     weight, fmt = gaussian(64, 96), Choice("nf", 3, 32, 40, factor_dtype="float32")
     u, s, vh = torch.linalg.svd(weight, full_matrices=False)

@@ -182,6 +182,8 @@ def test_order_keeps_blocks_together_and_starts_with_the_largest():
     assert feedback(covariance, None).order.tolist() == [2, 4, 5, 1, 0, 3]
     assert feedback(covariance, 2).order.tolist() == [2, 3, 4, 5, 1, 0]
     assert feedback(covariance, 3).order.tolist() == [2, 1, 0, 4, 5, 3]
+    # By mean, not by the largest.
+    assert feedback(torch.diag(torch.tensor([5.0, 0.0, 3.0, 3.0])), 2).order.tolist() == [2, 3, 0, 1]
 
 
 def test_root_factors_the_damped_inverse():
