@@ -152,7 +152,7 @@ def _run(config: Path, overrides: tuple[str, ...], log_json: bool, until: str, s
 
     from qlora_pipe.compile import compile_model
     from qlora_pipe.events import Reporter
-    from qlora_pipe.ranks import rank
+    from qlora_pipe.hf.ranks import rank
 
     compile_model(settings, Reporter(json_lines=log_json), until=until, start=start)
     if rank():

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qlora_pipe import datasets, ranks
+from qlora_pipe import datasets
 from qlora_pipe.allocation import read_allocation
 from qlora_pipe.artifacts.manifest import Manifest, digest, file_digest
 from qlora_pipe.artifacts.store import Artifact, Store, Ticket
@@ -15,6 +15,7 @@ from qlora_pipe.config import Config
 from qlora_pipe.config_file import resolved_yaml
 from qlora_pipe.errors import ArtifactError, ConfigError, StageError
 from qlora_pipe.events import Reporter
+from qlora_pipe.hf import ranks
 from qlora_pipe.hf.model import check_device
 from qlora_pipe.hf.source import fetch
 from qlora_pipe.known import CHAIN

@@ -75,7 +75,7 @@ class Stage:
     run: Callable[[Context], None]
     data: Callable[[Config], dict[str, Dataset]] = lambda config: {}
     work: Callable[[Context], None] | None = None
-    """What other processes do while rank 0 is in `run`, for a stage that shares its layers; see qlora_pipe.ranks."""
+    """What other processes do while rank 0 is in `run`, for a stage that shares its layers; see qlora_pipe.hf.ranks."""
 
 
 def computing(config: Config) -> dict[str, Any]:

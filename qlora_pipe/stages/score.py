@@ -7,7 +7,8 @@ from typing import Any, TypeVar
 import torch
 
 from prune.groups import PRUNED_AXIS
-from qlora_pipe import layouts, ranks
+from qlora_pipe import layouts
+from qlora_pipe.hf import ranks
 from qlora_pipe.known import choices_for
 from qlora_pipe.stages.base import Context, Stage
 from qlora_pipe.stages.moments import Moments

@@ -29,12 +29,13 @@ INPUTS = {
     "score": ("source", "calibrate"),
     "allocate": ("score",),
     "decompose": ("source", "calibrate", "allocate"),
-    "prune": ("decompose", "allocate"),
+    "refine": ("source", "allocate", "decompose"),
+    "prune": ("decompose", "refine", "allocate"),
     "train": ("source", "allocate", "prune"),
     "compact": ("source", "prune", "train"),
-    "recover": ("source", "allocate", "decompose", "prune", "train", "compact"),
-    "export": ("source", "allocate", "decompose", "prune", "train", "compact", "recover"),
-    "evaluate": ("source", "allocate", "decompose", "prune", "train", "compact", "recover"),
+    "recover": ("source", "allocate", "decompose", "refine", "prune", "train", "compact"),
+    "export": ("source", "allocate", "decompose", "refine", "prune", "train", "compact", "recover"),
+    "evaluate": ("source", "allocate", "decompose", "refine", "prune", "train", "compact", "recover"),
 }
 PERPLEXITY = {
     "base": 21.4,
@@ -158,6 +159,9 @@ class RunBuilder:
 
     def _decompose(self, out: Path) -> None:
         self._tensors(out, self.known.decomposed())
+
+    def _refine(self, out: Path) -> None:
+        self._json(out, "refine", "skipped.json", {"reason": "refine.enabled is false"})
 
     def _prune(self, out: Path) -> None:
         self._json(out, "prune", "kept.json", self.kept.to_json())

@@ -76,7 +76,7 @@ def test_package_data_is_no_file(path: Path) -> None:
         ("  rnak: 8", "unknown key train.rnak; did you mean train.rank?"),
         ("  lr: 1e-4", "unknown key train.lr; did you mean train.learning_rate?"),
         ("  ffn_ratio: 0.5", "unknown key train.ffn_ratio; did you mean prune.ffn_ratio?"),
-        ("  zzz: 1", "unknown key train.zzz; expected one of rank, alpha, learning_rate"),
+        ("  zzz: 1", "unknown key train.zzz; expected one of learning_rate, steps, batch_size"),
         ("  steps: many", "train.steps: expected a whole number, found 'many'"),
         ("  steps: '8'", "train.steps: expected a whole number, found '8'"),
         ("  steps: true", "train.steps: expected a whole number, found true"),

@@ -29,7 +29,7 @@ def test_a_run(run_builder: Build) -> None:
     text = describe(run)
     for stage in CHAIN:
         assert row(text, stage)[:2] == [stage, read_manifest(run / stage).identity[:12]]
-    assert "11 of 11 stages" in text
+    assert "12 of 12 stages" in text
     assert row(text, "train.rank") == ["train.rank", "4", "16"]
     assert row(text, "decompose.ranks") == ["decompose.ranks", "4", "0, 16, 32, 64"]
     assert row(text, "model ") == ["model", "package:tiny", "-"]
@@ -43,7 +43,7 @@ def test_a_run_that_was_cut_short(run_builder: Build) -> None:
     run = run_builder().build("score")
     (run / "config.yaml").unlink()
     text = describe(run)
-    assert "3 of 11 stages" in text
+    assert "3 of 12 stages" in text
     assert "settings" not in text
 
 
