@@ -57,7 +57,7 @@ class Decompose(Section):
         "integers have plain float16 scales, as GPTQ checkpoints do",
     )
     bits: tuple[Literal[2, 3, 4, 8], ...] = Field((2, 3, 4), description="code widths to choose from")
-    block_sizes: tuple[Positive, ...] = Field((16, 32, 64, 128), description="weights per scale to choose from")
+    block_sizes: tuple[Positive, ...] = Field((16, 32, 64, 128, 192), description="weights per scale to choose from")
     ranks: tuple[Count, ...] = Field((0, 16, 32, 64), description="ranks of the low-rank part to choose from")
     scale_bits: tuple[Literal[2, 3, 4, 8, 16, 32], ...] = Field(
         (8,), description="bits of a scale: below 16 a code within its superblock, else the scale itself"
