@@ -128,7 +128,7 @@ def test_every_format_is_offered_once() -> None:
     settings = {"grids": ["nf", "lloyd", "int", "uint"], "scale_bits": [4, 8], "superblocks": ["row", 16]}
     found = config(decompose=settings).decompose.formats()
     # bits x block sizes x ranks, of each NormalFloat and Lloyd in 4 forms of scales, of the integers in one.
-    assert len(found) == len(set(found)) == 3 * 4 * 4 * (2 * 4 + 2)
+    assert len(found) == len(set(found)) == 3 * 5 * 4 * (2 * 4 + 2)
 
 
 def test_defaults_of_the_methods() -> None:
