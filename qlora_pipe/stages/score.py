@@ -8,11 +8,13 @@ import torch
 
 from prune.groups import PRUNED_AXIS
 from qlora_pipe import layouts
+from qlora_pipe.errors import StageError
 from qlora_pipe.hf import ranks
 from qlora_pipe.known import choices_for
 from qlora_pipe.stages.base import Context, Stage
 from qlora_pipe.stages.moments import Moments
 from quant.errors import error_table, full_table
+from quant.exceptions import QuantError
 from quant.storage import Choice
 
 Matrix = tuple[int, tuple[int, str, str]]
@@ -46,7 +48,14 @@ def by_layer(context: Context, function: Callable[[Matrix], T]) -> Iterator[list
     count = len(context.known.architecture.layers)
     matrices: list[Matrix] = list(enumerate(context.known.architecture.linears()))
     layers = [[matrix for matrix in matrices if matrix[1][0] == layer] for layer in range(count)]
-    return ranks.share(lambda layer: [function(matrix) for matrix in layer], layers)
+    return ranks.share(lambda layer: [_named(function, matrix) for matrix in layer], layers)
+
+
+def _named(function: Callable[[Matrix], T], matrix: Matrix) -> T:
+    try:
+        return function(matrix)
+    except QuantError as error:
+        raise StageError(f"{matrix[1][2]}: {error}") from error
 
 
 def _rows(context: Context, moments: Moments, matrix: Matrix) -> Entry:

@@ -82,6 +82,15 @@ def test_integer_weights(folder: Path) -> None:
     refused(run(folder), folder, "WeightError", QUERY, "floating point")
 
 
+def test_a_matrix_that_its_format_cannot_hold_is_named(folder: Path) -> None:
+    def outgrow(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[QUERY][0, 0] = 1e6
+
+    rewrite(folder, outgrow)
+    result = run(folder, "--set", "decompose.scale_dtypes=[float16]")
+    refused(result, folder, "StageError", QUERY.removesuffix(".weight"), "float16", "use bfloat16 or float32")
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_nan_and_inf_weights_are_named(folder: Path, value: float) -> None:
     def poison(tensors: dict[str, torch.Tensor]) -> None:
