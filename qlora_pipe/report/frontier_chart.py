@@ -5,15 +5,13 @@ import warnings
 from functools import partial
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from qlora_pipe.curve import Curve
 from qlora_pipe.report.charts import standalone_style
 
-if TYPE_CHECKING:
-    from qlora_pipe.frontier import Curve
 
-
-def draw_frontier(curve: "Curve", path: Path) -> None:
+def draw_frontier(curve: Curve, path: Path) -> None:
     """Loss against bits per weight, the whole model's size along the top; the ending of `path` is the format.
 
     Raises OSError where it cannot be written.
