@@ -36,11 +36,14 @@ LQ = ("lq", "lq-fisher")
 CLOSED = 0.5
 """Share of the distance to the unquantised model that is to be closed at the budgets of CLOSED_AT."""
 CLOSED_AT = (2.75, 3.0)
+REFINED = ("lq-fisher", "gptq", "ours")
+"""What is also measured with its scales, levels and factors tuned, all on the same tokens."""
+REFINE = setting("refine", enabled=True, steps=0, block_rows=32, block_epochs=1, length=256)
 
 
 def methods(ranks: Sequence[int]) -> dict[str, tuple[str, ...]]:
     """Overrides of the configuration by name of the method; `ranks` is what published low-rank parts may have."""
-    nf = {"grids": ["nf"], "metric": "none", "rounding": "nearest"}
+    nf = {"grids": ["nf"], "metric": "none", "rounding": "nearest", "scale_search": False}
     low_rank = {
         "ranks": ranks,
         "bits": [2, 3, 4],
@@ -52,16 +55,16 @@ def methods(ranks: Sequence[int]) -> dict[str, tuple[str, ...]]:
         "table": "estimated",
     }
     lq = {"method": "lq", "iterations": 20} | low_rank
-    gptq = {"grids": ["uint"], "block_sizes": [64, 128], "ranks": [0], "loss_scale": False}
-    return {
+    gptq = {"grids": ["uint"], "block_sizes": [64, 128], "ranks": [0], "loss_scale": False, "scale_search": False}
+    found = {
         "nf+ilp": setting("decompose", **nf, ranks=[0]),
         "loftq": setting("decompose", **nf | low_rank, start="quantize", iterations=5),
         "lq": setting("decompose", **lq, metric="none"),
         "lq-fisher": setting("decompose", **lq, metric="fisher"),
         "gptq": (*setting("decompose", **gptq), *setting("calibrate", weighting="none")),
         "ours": (),
-        "ours+refine": setting("refine", enabled=True, steps=100, batch_size=1, length=512),
     }
+    return found | {f"{name}+refine": (*found[name], *REFINE) for name in REFINED}
 
 
 def budget_rows(budget: float, found: Mapping[str, Sequence[float]], base: Sequence[float]) -> Iterator[Row]:

@@ -9,7 +9,7 @@ from qlora_pipe.config_rules import Rule, Tie
 from qlora_pipe.config_section import Count, Positive, Rate, Section
 from qlora_pipe.errors import ConfigError
 from qlora_pipe.units import parse_budget
-from quant.storage import Choice
+from quant.storage import SEARCHED, UNSEARCHED, Choice
 
 _PUBLISHED: dict[str, Any] = {
     "metric": "fisher",
@@ -22,6 +22,7 @@ _PUBLISHED: dict[str, Any] = {
     "scale_dtypes": ("bfloat16", "float16", "float32"),
     "superblocks": (16, 64, 256),
     "factor_dtype": "bfloat16",
+    "scale_search": False,
     "table": "full",
     "iterations": 100,
 }
@@ -68,6 +69,9 @@ class Decompose(Section):
     superblocks: tuple[Positive | Literal["row"], ...] = Field(
         ("row",), description="blocks that share one second-level maximum, row by row; row: those of one row"
     )
+    scale_search: bool = Field(
+        True, description="take the best of five scales for every block; false: its largest weight fits exactly"
+    )
     factor_dtype: Literal["bfloat16", "float16", "float32", "int8"] = Field("int8", description="low-rank factors")
     ties: tuple[Tie, ...] = Field(
         (("q", "k", "v"), ("gate", "up")),
@@ -81,7 +85,7 @@ class Decompose(Section):
         description="estimated: one factorisation and one rounding of sampled outputs behind an entry of the error "
         "table; full: the whole decomposition",
     )
-    table_outputs: Positive = Field(512, description="outputs of a matrix behind an estimated entry")
+    table_outputs: Positive = Field(128, description="outputs of a matrix behind an estimated entry")
     start: Literal["lowrank", "quantize"] = Field(
         "lowrank", description="part that is made first; quantize: LoftQ's loop, all iterations and the last returned"
     )
@@ -127,6 +131,11 @@ class Decompose(Section):
     def patience(self) -> int | None:
         """Alternations without improvement that end a decomposition; None ends it as published."""
         return None if self.method == "lq" else 2
+
+    @property
+    def multiples(self) -> tuple[float, ...]:
+        """Of a block's largest weight, tried as its scale."""
+        return SEARCHED if self.scale_search else UNSEARCHED
 
     def measured(self) -> dict[str, Any]:
         """What the error table and the decomposition depend on, as JSON."""

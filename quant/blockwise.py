@@ -1,5 +1,6 @@
 """Blockwise quantisation of a matrix: ranges, nearest codes against given scales, and back."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -9,7 +10,7 @@ from torch import Tensor
 from quant.codebook import encode, levels_of
 from quant.exceptions import NonFiniteError, QuantError, ShapeError
 from quant.scales import StoredScales, quantize_scales, scales
-from quant.storage import Choice
+from quant.storage import UNSEARCHED, Choice
 
 # Elements handled at once: bounds the temporaries to a few MB, which also keeps them in the CPU's cache.
 _CHUNK = 1 << 18
@@ -33,12 +34,14 @@ class BlockQuantized:
 
 
 @torch.no_grad()
-def quantize(weight: Tensor, choice: Choice, levels: Tensor | None = None) -> BlockQuantized:
+def quantize(
+    weight: Tensor, choice: Choice, levels: Tensor | None = None, multiples: Sequence[float] = UNSEARCHED
+) -> BlockQuantized:
     """Quantise fp32 `weight` [rows, columns] to the nearest codes; `levels` fp32 [2**bits], increasing, replace those
-    of ``levels_of(choice)`` on the grids "nf" and "lloyd".
+    of ``levels_of(choice, multiples)`` on the grids "nf" and "lloyd".
 
-    Scales are those of `range_scale`. Codes and zero points are taken against the scale that `scales` will rebuild,
-    so `rebuild` is what was scored. A block whose rebuilt scale is zero gets the code nearest to zero.
+    Scales are those of `best_scale`. Codes are taken against the scale that `scales` will rebuild, so `rebuild` is what
+    was scored. A block whose rebuilt scale is zero gets the code nearest to zero.
 
     Peak: one byte a weight for the result plus a few MB. Raises ShapeError when blocks or superblocks would be
     ragged, QuantError for another dtype or bad levels, NonFiniteError for NaN or infinity, or scales that
@@ -46,14 +49,10 @@ def quantize(weight: Tensor, choice: Choice, levels: Tensor | None = None) -> Bl
     """
     check_weight(weight)
     choice.superblocks(*weight.shape)
-    levels = levels_for(choice, levels).to(weight.device)
-    low, high = block_range(weight, choice.block_size)
-    if not bool(torch.isfinite(low).all() and torch.isfinite(high).all()):
-        raise NonFiniteError("weight holds NaN or infinity")
-    stored = quantize_scales(range_scale(low, high, choice), choice)
-    scale = scales(stored, choice)
-    zero = zero_codes(low, scale, choice.bits) if choice.grid == "uint" else None
-    return BlockQuantized(encode_block(weight, scale, levels, zero), levels, stored, zero)
+    levels = levels_for(choice, levels, multiples).to(weight.device)
+    scale, zero = best_scale(weight, choice, levels, multiples)
+    stored = quantize_scales(scale, choice)
+    return BlockQuantized(encode_block(weight, scales(stored, choice), levels, zero), levels, stored, zero)
 
 
 def check_weight(weight: Tensor) -> None:
@@ -64,10 +63,10 @@ def check_weight(weight: Tensor) -> None:
         raise QuantError(f"weight must be float32, got {weight.dtype}")
 
 
-def levels_for(choice: Choice, levels: Tensor | None) -> Tensor:
+def levels_for(choice: Choice, levels: Tensor | None, multiples: Sequence[float] = UNSEARCHED) -> Tensor:
     """`levels` if they are some and fit `choice`, else QuantError; without any those of `levels_of`."""
     if levels is None:
-        return levels_of(choice)
+        return levels_of(choice, multiples)
     if choice.grid in ("int", "uint"):
         raise QuantError(f"the levels of grid {choice.grid!r} are its integers, leave levels out")
     if levels.shape != (2**choice.bits,) or levels.dtype != torch.float32:
@@ -104,10 +103,41 @@ def range_scale(low: Tensor, high: Tensor, choice: Choice) -> Tensor:
     return torch.maximum(high.abs(), low.abs())
 
 
-def zero_codes(low: Tensor, scale: Tensor, bits: int) -> Tensor:
-    """uint8 [rows, blocks]: the code whose value is zero, for blocks whose smallest weight is `low`; 0 where the scale
-    is zero."""
-    return (-low.clamp(max=0) / _divisor(scale)).round_().clamp_(0, 2**bits - 1).to(torch.uint8)
+@torch.no_grad()
+def best_scale(
+    values: Tensor, choice: Choice, levels: Tensor, multiples: Sequence[float]
+) -> tuple[Tensor, Tensor | None]:
+    """Scale fp32 [rows, blocks] of each block of fp32 `values` [rows, columns], and on the grid "uint" its zero point,
+    uint8 [rows, blocks].
+
+    Of `range_scale` times each of `multiples` it is the one whose nearest codes leave the least squared error, the
+    earlier of equals: a smaller scale clips the largest weights and serves all others better. Range and scale shrink
+    alike, so the zero point, 0 where the scale is, is that of the whole range. Peak: the result plus a few MB, or as
+    much as a row times `multiples` takes. Raises ShapeError when the blocks would be ragged, NonFiniteError for NaN or
+    infinity.
+    """
+    low, high = block_range(values, choice.block_size)
+    if not bool(torch.isfinite(low).all() and torch.isfinite(high).all()):
+        raise NonFiniteError("weight holds NaN or infinity")
+    base, zero = range_scale(low, high, choice), None
+    if choice.grid == "uint":
+        zero = (-low.clamp(max=0) / _divisor(base)).round_().clamp_(0, 2**choice.bits - 1).to(torch.uint8)
+    if tuple(multiples) == UNSEARCHED:
+        return base, zero
+    tried = torch.tensor(multiples, dtype=base.dtype, device=base.device).view(-1, 1, 1)
+    best = torch.empty_like(base)
+    rows, columns = values.shape
+    step = max(1, _CHUNK // (columns * len(tried)))
+    for start in range(0, rows, step):
+        part = slice(start, start + step)
+        scale = tried * base[part]
+        normalised = values[part].reshape(1, *scale.shape[1:], -1) / _divisor(scale).unsqueeze(-1)
+        if zero is not None:
+            normalised += zero[part].unsqueeze(-1)
+        found = levels.index_select(0, encode(normalised, levels).view(-1).to(torch.int32)).view_as(normalised)
+        errors = found.sub_(normalised).square_().sum(dim=-1).mul_(scale.square())
+        best[part] = scale.gather(0, errors.argmin(dim=0, keepdim=True))[0]
+    return best, zero
 
 
 @torch.no_grad()

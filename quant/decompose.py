@@ -1,5 +1,6 @@
 """Alternating decomposition of a weight into a quantised part and a low-rank part: W = Q + L1 L2."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +11,7 @@ from quant.exceptions import QuantError, ShapeError
 from quant.lowrank import dequantize_factors, store_factors
 from quant.metric import Metric
 from quant.rounding import Feedback, quantize_compensated
-from quant.storage import Choice
+from quant.storage import UNSEARCHED, Choice
 
 PLAIN = Metric()
 
@@ -48,6 +49,7 @@ def decompose(
     quantize_first: bool = False,
     first: tuple[Tensor, Tensor] | None = None,
     levels: Tensor | None = None,
+    multiples: Sequence[float] = UNSEARCHED,
 ) -> Decomposition:
     """Decompose fp32 `weight` [out, in] in the loop of LQ-LoRA (arXiv 2311.12023), section 3.1.
 
@@ -59,7 +61,7 @@ def decompose(
     worse of the two. `quantize_first` is LoftQ (arXiv 2310.08659, algorithm 1) instead: the low-rank part starts at
     zero and is fitted once more at the end, for which `losses` has an entry of its own; all `max_iterations` are made
     and the last is returned. `first` replaces the first fit: (left [out, rank], right [rank, in]), for instance shared
-    between choices. `levels` [2**bits] replace the grid's own, see `quantize`.
+    between choices. `levels` [2**bits] replace the grid's own, `multiples` are tried for every scale, see `quantize`.
 
     Same input and generator state, same result on one device. Peak: four fp32 copies of `weight` beside it plus two
     sets of codes. Raises ShapeError, QuantError or NonFiniteError as `quantize` and `Metric.fit` do.
@@ -81,7 +83,7 @@ def decompose(
         stored = store_factors(left, right, choice.factor_dtype)
         residual = torch.matmul(*dequantize_factors(*stored))
         torch.sub(weight, residual, out=residual)
-        quantized = _quantized(residual, choice, passing, transposed, levels)
+        quantized = _quantized(residual, choice, passing, transposed, levels, multiples)
         target = rebuild(quantized, choice)
         if transposed:
             target = target.T
@@ -102,11 +104,18 @@ def decompose(
 
 
 def _quantized(
-    residual: Tensor, choice: Choice, passing: Feedback | None, transposed: bool, levels: Tensor | None
+    residual: Tensor,
+    choice: Choice,
+    passing: Feedback | None,
+    transposed: bool,
+    levels: Tensor | None,
+    multiples: Sequence[float],
 ) -> BlockQuantized:
     if passing is not None:
-        return quantize_compensated(residual, choice, passing, transposed=transposed, levels=levels)
-    return quantize(residual.T.contiguous() if transposed else residual, choice, levels)
+        return quantize_compensated(
+            residual, choice, passing, transposed=transposed, levels=levels, multiples=multiples
+        )
+    return quantize(residual.T.contiguous() if transposed else residual, choice, levels, multiples)
 
 
 def _check_first(first: tuple[Tensor, Tensor], weight: Tensor, rank: int) -> None:

@@ -13,7 +13,7 @@ from quant.exceptions import QuantError, ShapeError
 from quant.lowrank import dequantize_factors, store_factors
 from quant.metric import Metric
 from quant.rounding import Feedback
-from quant.storage import Choice
+from quant.storage import UNSEARCHED, Choice
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,7 @@ def error_table(
     passing: dict[int | None, Feedback] | None = None,
     transposed: bool = False,
     outputs: int | None = None,
+    multiples: Sequence[float] = UNSEARCHED,
 ) -> list[float]:
     """Estimated loss of every one of `choices` on fp32 `weight` [out, in], in order.
 
@@ -86,7 +87,7 @@ def error_table(
             first, second = dequantize_factors(*stored)
             remainders[key] = weight[sample.rows] - first[sample.rows] @ second
         remainder = remainders[key]
-        error = remainder - _nearest(remainder, choice, transposed)
+        error = remainder - _nearest(remainder, choice, transposed, multiples)
         if passing is None:
             found.append(Metric(rows.sqrt(), metric.inputs, metric.covariance).loss(error))
         else:
@@ -106,6 +107,7 @@ def full_table(
     max_iterations: int = 20,
     patience: int | None = 2,
     quantize_first: bool = False,
+    multiples: Sequence[float] = UNSEARCHED,
 ) -> list[float]:
     """Loss of every one of `choices` after the whole decomposition, in order: LQ-LoRA's table (arXiv 2311.12023,
     section 3.2) with patience None. Each starts from a generator seeded alike. Peak, errors: those of `decompose`."""
@@ -120,16 +122,17 @@ def full_table(
             max_iterations=max_iterations,
             patience=patience,
             quantize_first=quantize_first,
+            multiples=multiples,
         ).loss
         for choice in choices
     ]
 
 
-def _nearest(matrix: Tensor, choice: Choice, transposed: bool) -> Tensor:
+def _nearest(matrix: Tensor, choice: Choice, transposed: bool, multiples: Sequence[float]) -> Tensor:
     stored = matrix.T.contiguous() if transposed else matrix
     try:
         choice.superblocks(*stored.shape)
     except ShapeError:  # of a sample; in the estimate every row has its own
         choice = replace(choice, superblock=None)
-    rounded = rebuild(quantize(stored, choice), choice)
+    rounded = rebuild(quantize(stored, choice, multiples=multiples), choice)
     return rounded.T if transposed else rounded

@@ -1,7 +1,7 @@
 """Slow float64 twins of the numerics in this package, written for clarity; tests compare against them."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from statistics import NormalDist
 from typing import Any
 
@@ -52,7 +52,7 @@ def grid_levels(choice: Choice) -> Tensor:
 
 
 def quantize(
-    weight: Tensor, choice: Choice, levels: Tensor | None = None
+    weight: Tensor, choice: Choice, levels: Tensor | None = None, multiples: Sequence[float] = (1.0,)
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """(codes uint8 [rows, columns], stored scales or their codes [rows, blocks], rebuilt scales float64 [rows,
     blocks], zero points uint8 [rows, blocks] of the grid "uint").
@@ -62,14 +62,13 @@ def quantize(
     rows, columns = weight.shape
     levels = grid_levels(choice) if levels is None else levels.double()
     blocks = weight.double().reshape(-1, choice.block_size)
-    wanted = torch.stack([_range_scale(block, choice) for block in blocks])
+    wanted = torch.stack([_best_scale(block, choice, levels, multiples) for block in blocks])
     values, scale = _stored_scales(wanted, choice, columns // choice.block_size)
     codes = torch.empty(blocks.shape, dtype=torch.uint8)
     zero = torch.zeros(len(blocks), dtype=torch.uint8)
     for index, block in enumerate(blocks):
         ratio = block / scale[index] if scale[index] != 0 else torch.zeros_like(block)
-        if choice.grid == "uint":
-            zero[index] = int((-ratio.min().clamp(max=0)).round().clamp(0, len(levels) - 1))
+        zero[index] = _zero_point(block, choice)
         codes[index] = encode(ratio + zero[index], levels)
     zeros = zero.view(rows, -1) if choice.grid == "uint" else None
     return codes.view(rows, columns), values.view(rows, -1), scale.view(rows, -1), zeros
@@ -83,6 +82,22 @@ def _range_scale(block: Tensor, choice: Choice) -> Tensor:
     if choice.grid == "int":
         return torch.maximum(high / (half - 1), -low / half)
     return block[block.abs().argmax()] if choice.signed_scales else block.abs().max()
+
+
+def _zero_point(block: Tensor, choice: Choice) -> int:
+    """The code that stands for zero when the codes span the block's whole range; 0 on grids without one."""
+    whole = _range_scale(block, choice)
+    return round(float(-block.min().clamp(max=0) / whole)) if choice.grid == "uint" and whole != 0 else 0
+
+
+def _best_scale(block: Tensor, choice: Choice, levels: Tensor, multiples: Sequence[float]) -> Tensor:
+    """Of the range's scale times each of `multiples` the first whose nearest codes leave the least squared error."""
+    whole, zero, errors = _range_scale(block, choice), _zero_point(block, choice), []
+    for multiple in multiples:
+        scale = whole * multiple
+        ratio = block / scale + zero if scale != 0 else torch.zeros_like(block)
+        errors.append(float((block - scale * (levels.double()[encode(ratio, levels).long()] - zero)).square().sum()))
+    return whole * multiples[errors.index(min(errors))]
 
 
 def _stored_scales(wanted: Tensor, choice: Choice, per_row: int) -> tuple[Tensor, Tensor]:
@@ -161,7 +176,14 @@ def metric_loss(error: Tensor, outputs: Tensor, covariance: Tensor) -> float:
 
 
 def compensated(
-    weight: Tensor, choice: Choice, covariance: Tensor, *, transposed: bool, levels: Tensor, damping: float
+    weight: Tensor,
+    choice: Choice,
+    covariance: Tensor,
+    *,
+    transposed: bool,
+    levels: Tensor,
+    damping: float,
+    multiples: Sequence[float] = (1.0,),
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Error-compensated rounding of `weight` [out, in] one column at a time: before each, the columns still to come are
     those that minimise ``tr(E H E^T)`` given the errors so far, by solving for them (Optimal Brain Quantization).
@@ -170,7 +192,7 @@ def compensated(
     """
     weight, hessian, size = weight.double(), covariance.double(), choice.block_size
     hessian = hessian + damping * hessian.diagonal().mean() * torch.eye(len(hessian))
-    coded = _second_level(weight.T if transposed else weight, choice)
+    coded = _second_level(weight.T if transposed else weight, choice, min(multiples))
     key = [(-float(value), index) for index, value in enumerate(covariance.diagonal().double())]
     if transposed:
         order = [index for _, index in sorted(key)]
@@ -184,9 +206,10 @@ def compensated(
         inverse = torch.linalg.inv(hessian[rest][:, rest])
         now = weight[:, rest] + (weight - result)[:, fixed] @ hessian[fixed][:, rest] @ inverse
         if transposed:
-            scale, zero = _block_scales(now[:, 0].view(-1, size), choice, coded(column, slice(None)))
+            blocks_now, second = now[:, 0].view(-1, size), coded(column, slice(None))
+            scale, zero = _block_scales(blocks_now, choice, second, levels, multiples)
         elif step % size == 0:
-            scale, zero = _block_scales(now[:, :size], choice, coded(slice(None), column // size))
+            scale, zero = _block_scales(now[:, :size], choice, coded(slice(None), column // size), levels, multiples)
         wide = [part.repeat_interleave(size) if transposed else part for part in (scale, zero)]
         ratio = torch.where(wide[0] != 0, now[:, 0] / wide[0], 0.0) + wide[1]
         result[:, column] = wide[0] * (levels.double()[encode(ratio, levels).long()] - wide[1])
@@ -194,32 +217,32 @@ def compensated(
     return result, errors, cost
 
 
-def _second_level(stored: Tensor, choice: Choice) -> Callable[[Any, Any], tuple[Tensor, Tensor]]:
-    """Maximum and offset for blocks of the stored matrix, by row and block: a quarter of room above the largest."""
+def _second_level(stored: Tensor, choice: Choice, least: float) -> Callable[[Any, Any], tuple[Tensor, Tensor]]:
+    """Maximum and offset for blocks of the stored matrix, by row and block: a quarter of room above the largest, and
+    from the smallest down to `least` times it."""
     blocks = stored.reshape(-1, choice.block_size)
     wanted = torch.stack([_range_scale(block, choice) for block in blocks]).abs()
     if choice.direct:
         return lambda rows, columns: (torch.tensor(float("nan")), torch.tensor(float("nan")))
     per_row = stored.shape[1] // choice.block_size
-    above = 1.25 * (wanted - wanted.min()).view(-1, choice.superblock or per_row).amax(dim=1)
+    above = (1.25 * wanted - least * wanted.min()).view(-1, choice.superblock or per_row).amax(dim=1)
     held = above.float().to(torch_dtype(choice.scale_dtype)).double()
     spread = held.repeat_interleave(choice.superblock or per_row).view(-1, per_row)
-    return lambda rows, columns: (spread[rows, columns], wanted.min())
+    return lambda rows, columns: (spread[rows, columns], least * wanted.min())
 
 
-def _block_scales(blocks: Tensor, choice: Choice, coded: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+def _block_scales(
+    blocks: Tensor, choice: Choice, coded: tuple[Tensor, Tensor], levels: Tensor, multiples: Sequence[float]
+) -> tuple[Tensor, Tensor]:
     """Scales as stored and zero points, float64 [blocks], of blocks [blocks, block_size]."""
-    wanted, (maximum, offset) = torch.stack([_range_scale(block, choice) for block in blocks]), coded
+    wanted, (maximum, offset) = torch.stack([_best_scale(block, choice, levels, multiples) for block in blocks]), coded
     if choice.direct:
         scale = wanted.float().to(torch_dtype(choice.scale_dtype)).double()
     else:
         largest = 2 ** (choice.scale_bits - choice.signed_scales) - 1
         codes = ((wanted.abs() - offset) * largest / maximum).round().clamp(0, largest)
         scale = torch.where(wanted < 0, -1.0, 1.0) * (offset + codes * maximum / largest)
-    if choice.grid != "uint":
-        return scale, torch.zeros_like(scale)
-    lowest = -blocks.amin(dim=1).clamp(max=0)
-    return scale, torch.where(scale != 0, lowest / scale, 0.0).round().clamp(0, 2**choice.bits - 1)
+    return scale, scale.new_tensor([_zero_point(block, choice) for block in blocks])
 
 
 def decompose_losses(

@@ -4,6 +4,7 @@ Source: GPTQ (arXiv 2210.17323), equations 2 and 3, in the Cholesky form of its 
 as integers, along either axis of the stored blocks, most important columns first.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,17 +12,17 @@ from torch import Tensor
 
 from quant.blockwise import (
     BlockQuantized,
+    best_scale,
     block_range,
     check_weight,
     dequantize,
     encode_block,
     levels_for,
     range_scale,
-    zero_codes,
 )
 from quant.exceptions import NonFiniteError, QuantError, ShapeError
 from quant.scales import StoredScales, decode_scale, encode_scale, quantize_scales
-from quant.storage import Choice
+from quant.storage import UNSEARCHED, Choice
 
 # Columns whose corrections are applied one by one; the rest of the matrix gets them in one product afterwards.
 _LAZY = 128
@@ -86,15 +87,21 @@ def feedback(covariance: Tensor, block: int | None, damping: float = 0.01) -> Fe
 
 @torch.no_grad()
 def quantize_compensated(
-    weight: Tensor, choice: Choice, passing: Feedback, *, transposed: bool = False, levels: Tensor | None = None
+    weight: Tensor,
+    choice: Choice,
+    passing: Feedback,
+    *,
+    transposed: bool = False,
+    levels: Tensor | None = None,
+    multiples: Sequence[float] = UNSEARCHED,
 ) -> BlockQuantized:
     """Quantise fp32 `weight` [out, in] so that ``tr(E H E^T)`` is small, H the covariance behind `passing`.
 
     The result is of the stored orientation: [out, in], or [in, out] if `transposed`, blocks along its rows. Blocks'
-    scales are set when their turn comes, from weights that carry all earlier corrections, within second-level
-    parameters fixed at the start with some headroom. Not transposed, `passing.block` must be the block size. Peak:
-    three fp32 copies of `weight` beside it and one byte a weight. Raises ShapeError, QuantError, NonFiniteError as
-    `quantize`.
+    scales are set when their turn comes, by `best_scale` of weights that carry all earlier corrections, within
+    second-level parameters fixed at the start with some headroom. Not transposed, `passing.block` must be the block
+    size. Peak: three fp32 copies of `weight` beside it and one byte a weight. Raises ShapeError, QuantError,
+    NonFiniteError as `quantize`.
     """
     check_weight(weight)
     expected = None if transposed else choice.block_size
@@ -102,9 +109,8 @@ def quantize_compensated(
         raise ShapeError(f"rounding order keeps blocks of {passing.block} together, expected {expected}")
     if passing.order.shape != (weight.shape[1],):
         raise ShapeError(f"covariance of {len(passing.order)} inputs does not fit {list(weight.shape)}")
-    rounder = _Rounder(
-        weight.T.contiguous() if transposed else weight, choice, levels_for(choice, levels).to(weight.device)
-    )
+    levels = levels_for(choice, levels, multiples).to(weight.device)
+    rounder = _Rounder(weight.T.contiguous() if transposed else weight, choice, levels, multiples)
     columns = weight[:, passing.order].T.contiguous()  # [in, out]: a column to round is a contiguous row
     span = choice.block_size if not transposed else _LAZY
     for start in range(0, len(columns), span):
@@ -124,28 +130,27 @@ def quantize_compensated(
 class _Rounder:
     """Codes and scales of a stored matrix, filled in any order."""
 
-    def __init__(self, stored_weight: Tensor, choice: Choice, levels: Tensor) -> None:
+    def __init__(self, stored_weight: Tensor, choice: Choice, levels: Tensor, multiples: Sequence[float]) -> None:
         low, high = block_range(stored_weight, choice.block_size)
         if not bool(torch.isfinite(low).all() and torch.isfinite(high).all()):
             raise NonFiniteError("weight holds NaN or infinity")
-        self.choice, self.levels = choice, levels
-        self.stored = quantize_scales(_HEADROOM * range_scale(low, high, choice), choice)
-        if self.stored.offset is not None:
-            # The smallest scale, as it is: blocks at or below it are frequent in sparse rows.
-            self.stored = StoredScales(self.stored.values, self.stored.maximum, self.stored.offset / _HEADROOM)
+        self.choice, self.levels, self.multiples = choice, levels, multiples
+        # The offset is the smallest scale there may be, as it is: blocks of that scale are frequent in sparse rows.
+        least = min(multiples) / _HEADROOM
+        self.stored = quantize_scales(_HEADROOM * range_scale(low, high, choice), choice, least)
         self.codes = torch.empty(stored_weight.shape, dtype=torch.uint8, device=stored_weight.device)
         self.zero = torch.empty_like(low, dtype=torch.uint8) if choice.grid == "uint" else None
         self._scale = low  # of the block being rounded
 
     def fix_scales(self, values: Tensor, block: int) -> None:
         """Scales [rows, 1] of one block of columns, from its weights [rows, block_size] as they are now."""
-        low, high = values.amin(dim=1, keepdim=True), values.amax(dim=1, keepdim=True)
         place = slice(block, block + 1)
-        coded = encode_scale(range_scale(low, high, self.choice), self.stored, self.choice, place)
+        wanted, zero = best_scale(values, self.choice, self.levels, self.multiples)
+        coded = encode_scale(wanted, self.stored, self.choice, place)
         self.stored.values[:, place] = coded
         self._scale = decode_scale(coded, self.stored, self.choice, place)
-        if self.zero is not None:
-            self.zero[:, place] = zero_codes(low, self._scale, self.choice.bits)
+        if self.zero is not None and zero is not None:
+            self.zero[:, place] = zero
 
     def column(self, values: Tensor, column: int) -> Tensor:
         """Round one column [rows] of the block whose scales are fixed; what is stored for it, fp32 [rows]."""
@@ -157,11 +162,10 @@ class _Rounder:
 
     def row(self, values: Tensor, row: int) -> Tensor:
         """Round one stored row [columns], blocks along it; what is stored for it, fp32 [columns]."""
-        low, high = block_range(values[None], self.choice.block_size)
         stored = self._row_scales(row)
-        coded = encode_scale(range_scale(low, high, self.choice), stored, self.choice)
+        wanted, zero = best_scale(values[None], self.choice, self.levels, self.multiples)
+        coded = encode_scale(wanted, stored, self.choice)
         scale = decode_scale(coded, stored, self.choice)
-        zero = None if self.zero is None else zero_codes(low, scale, self.choice.bits)
         codes = encode_block(values[None], scale, self.levels, zero)
         self.codes[row], self.stored.values[row] = codes[0], coded[0]
         if self.zero is not None and zero is not None:

@@ -39,12 +39,13 @@ def torch_dtype(name: str) -> torch.dtype:
     return dtype
 
 
-def quantize_scales(scale: Tensor, choice: Choice) -> StoredScales:
+def quantize_scales(scale: Tensor, choice: Choice, least: float = 1.0) -> StoredScales:
     """Store fp32 `scale` [rows, blocks] as `choice` says.
 
-    Double quantisation is LQ-LoRA's (arXiv 2311.12023): offset = the smallest scale, then unsigned integers times
-    the superblock's maximum. A superblock whose scales are equal to within 2**-24 gets code 0. On a grid with signed
-    scales ("lloyd") that is done to magnitudes with one bit less, and the top bit of a code is the sign.
+    Double quantisation is LQ-LoRA's (arXiv 2311.12023): offset = the smallest scale (times `least`, for scales that
+    are still to shrink), then unsigned integers times the superblock's maximum. A superblock whose scales are equal to
+    within 2**-24 gets code 0. On a grid with signed scales ("lloyd") that is done to magnitudes with one bit less, and
+    the top bit of a code is the sign.
 
     Raises ShapeError when superblocks would be ragged, QuantError for another dtype, NonFiniteError for NaN or
     infinity or scales that scale_dtype cannot hold.
@@ -58,7 +59,7 @@ def quantize_scales(scale: Tensor, choice: Choice) -> StoredScales:
         return StoredScales(_held(scale, dtype))
     superblocks = choice.superblocks(len(scale), scale.shape[1] * choice.block_size)
     magnitude = scale.abs()
-    offset = magnitude.amin().view(1)
+    offset = least * magnitude.amin().view(1)
     maximum = _held((magnitude - offset).view(superblocks, -1).amax(dim=1), dtype)
     second_level = StoredScales(scale, maximum, offset)
     return StoredScales(encode_scale(scale, second_level, choice), maximum, offset)

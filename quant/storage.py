@@ -21,6 +21,10 @@ GRIDS = ("nf", "lloyd", "int", "uint")
 DIRECT_SCALE_DTYPES = {16: ("float16", "bfloat16"), 32: ("float32",)}
 """Dtypes of first-level scales stored as they are, by their width."""
 
+UNSEARCHED = (1.0,)
+SEARCHED = (1.0, 0.9, 0.8, 0.7, 0.6)
+"""Multiples of the scale that clips nothing, of which a block gets the best: not searched, and searched."""
+
 SCALE_DTYPES = ("bfloat16", "float16", "float32")
 
 FACTOR_DTYPES = (*SCALE_DTYPES, "int8")

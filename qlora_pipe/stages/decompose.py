@@ -60,6 +60,7 @@ def _one(context: Context, moments: Moments, matrix: Matrix) -> Decomposed:
         max_iterations=settings.iterations,
         patience=settings.patience,
         quantize_first=settings.start == "quantize",
+        multiples=settings.multiples,
     )
     bias = context.base_reader.read_float(f"{name}.bias") if shape.bias else None
     buffers = packed_buffers(result.quantized, (result.left, result.right, result.factor_scale), shape, bias)

@@ -87,6 +87,7 @@ def _losses(context: Context, moments: Moments, matrix: Matrix, choices: list[Ch
             max_iterations=settings.iterations,
             patience=settings.patience,
             quantize_first=settings.start == "quantize",
+            multiples=settings.multiples,
         )
     return error_table(
         weight,
@@ -96,6 +97,7 @@ def _losses(context: Context, moments: Moments, matrix: Matrix, choices: list[Ch
         passing=passing,
         transposed=transposed,
         outputs=settings.table_outputs,
+        multiples=settings.multiples,
     )
 
 

@@ -6,7 +6,7 @@ from quant.blockwise import dequantize, encode_block, quantize, rebuild
 from quant.codebook import levels_of, normal_float
 from quant.exceptions import NonFiniteError, QuantError, ShapeError
 from quant.scales import StoredScales, scales
-from quant.storage import Choice
+from quant.storage import SEARCHED, Choice
 
 
 def _weight(rows, columns, seed=0):
@@ -276,3 +276,33 @@ def test_levels_of_the_callers_own():
             quantize(_weight(8, 64), choice, bad)
     with pytest.raises(QuantError, match="leave levels out"):
         quantize(_weight(8, 64), Choice("int", 2, 16, 0), levels)
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_searched_scales_are_the_best_of_those_tried(grid, bits):
+    choice = Choice(grid, bits, 16, 0, 32, "float32")
+    weight = _weight(12, 64)
+    weight[3, 16:32] = 0
+    weight[4, 5] = 40.0
+    levels = levels_of(choice, SEARCHED)
+    quantized = quantize(weight, choice, multiples=SEARCHED)
+    own = levels if grid in ("nf", "lloyd") else None
+    codes, _, scale, zero = reference.quantize(weight, choice, own, SEARCHED)
+    torch.testing.assert_close(_scales(quantized, choice).double(), scale, rtol=1e-6, atol=0)
+    assert torch.equal(quantized.codes, codes)
+    assert (zero is None) == (quantized.zero is None)
+    assert zero is None or torch.equal(quantized.zero, zero)
+    whole = quantize(weight, choice, own)
+    errors = [(rebuild(found, choice) - weight).view(-1, 16).square().sum(dim=1) for found in (quantized, whole)]
+    assert bool((errors[0] <= errors[1] * (1 + 1e-6)).all())
+    # At 4 bits, blocks as small as these are better whole than a tenth smaller.
+    assert bits == 4 or bool((errors[0] < errors[1] * 0.99).any())
+
+
+def test_a_row_longer_than_a_chunk_is_searched_too():
+    choice = Choice("lloyd", 2, 64, 0, 32, "float32")
+    weight = _weight(2, 1 << 17)
+    found = quantize(weight, choice, multiples=SEARCHED)
+    halves = [quantize(half.contiguous(), choice, multiples=SEARCHED) for half in weight.chunk(2, dim=1)]
+    assert torch.equal(found.codes, torch.cat([half.codes for half in halves], dim=1))

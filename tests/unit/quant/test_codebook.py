@@ -2,9 +2,10 @@ import pytest
 import torch
 
 from quant import reference
+from quant.blockwise import quantize, rebuild
 from quant.codebook import encode, levels_of, lloyd, lloyd_fit, normal_float
 from quant.exceptions import NonFiniteError, QuantError, ShapeError
-from quant.storage import Choice
+from quant.storage import SEARCHED, UNSEARCHED, Choice
 
 
 def _midpoints(codebook):
@@ -184,3 +185,20 @@ def test_lloyd_fit_refuses_bad_input():
         lloyd_fit(values, -torch.ones(8), init)
     with pytest.raises(NonFiniteError, match="values"):
         lloyd_fit(values / 0, None, init)
+
+
+@pytest.mark.parametrize(("bits", "block_size", "gain"), [(2, 64, 0.13), (2, 192, 0.15), (3, 64, 0.08)])
+def test_levels_fitted_with_the_search_of_scales_leave_less_error(bits, block_size, gain):
+    """On fresh Gaussian draws, against levels for the largest weight as the scale; the search alone is worth less."""
+    choice = Choice("lloyd", bits, block_size, 0, 32, "float32")
+    weight = torch.randn(2048, 384, generator=torch.Generator().manual_seed(7))
+
+    def error(levels: torch.Tensor, multiples: tuple[float, ...]) -> float:
+        return float((rebuild(quantize(weight, choice, levels, multiples), choice) - weight).square().mean())
+
+    plain, fitted = lloyd(bits, block_size), lloyd(bits, block_size, SEARCHED)
+    assert error(fitted, SEARCHED) < (1 - gain) * error(plain, UNSEARCHED)
+    assert error(fitted, SEARCHED) < error(plain, SEARCHED) < error(plain, UNSEARCHED)
+    assert fitted[2 ** (bits - 1) - 1] == 0
+    assert fitted[-1] == 1
+    assert bool((fitted.diff() > 0).all())

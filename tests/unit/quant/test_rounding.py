@@ -11,7 +11,7 @@ from quant.codebook import levels_of
 from quant.exceptions import NonFiniteError, QuantError, ShapeError
 from quant.rounding import feedback, quantize_compensated
 from quant.scales import scales
-from quant.storage import Choice
+from quant.storage import SEARCHED, UNSEARCHED, Choice
 
 OUT, IN, BLOCK = 24, 32, 8
 GRIDS = ("nf", "lloyd", "int", "uint")
@@ -60,14 +60,16 @@ def _damped(covariance, damping=0.01):
 
 
 @BOTH
+@pytest.mark.parametrize("multiples", [UNSEARCHED, SEARCHED])
 @pytest.mark.parametrize("stored", SCALES)
 @pytest.mark.parametrize(("grid", "bits"), [*itertools.product(GRIDS, [3]), ("lloyd", 2), ("nf", 4)])
-def test_equals_the_column_by_column_solution(grid, bits, stored, transposed):
+def test_equals_the_column_by_column_solution(grid, bits, stored, multiples, transposed):
     choice, weight, covariance = Choice(grid, bits, BLOCK, 0, **stored), _weight(), _covariance()
-    found = quantize_compensated(weight, choice, _passing(covariance, transposed), transposed=transposed)
-    levels = levels_of(choice)
+    passing = _passing(covariance, transposed)
+    found = quantize_compensated(weight, choice, passing, transposed=transposed, multiples=multiples)
+    levels = levels_of(choice, multiples)
     expected, errors, cost = reference.compensated(
-        weight, choice, covariance, transposed=transposed, levels=levels, damping=0.01
+        weight, choice, covariance, transposed=transposed, levels=levels, damping=0.01, multiples=multiples
     )
     torch.testing.assert_close(_rebuilt(found, choice, transposed).double(), expected, rtol=1e-4, atol=1e-6)
     assert int(found.codes.max()) < 2**bits
@@ -109,7 +111,8 @@ def test_uncorrelated_inputs_make_it_the_nearest_rounding(grid, transposed):
     found = quantize_compensated(weight, coded, passing, transposed=transposed)
     narrow = quantize(stored_weight, coded).scales
     assert found.scales.offset.item() == pytest.approx(narrow.offset.item(), rel=1e-6)
-    torch.testing.assert_close(found.scales.maximum, 1.25 * narrow.maximum, rtol=1e-5, atol=0)
+    wide = 1.25 * (narrow.maximum + narrow.offset) - narrow.offset
+    torch.testing.assert_close(found.scales.maximum, wide, rtol=1e-5, atol=0)
     scale, wanted = scales(found.scales, coded), plain.scales.values
     half_step = found.scales.maximum[:, None] / (127 if grid == "lloyd" else 255) / 2
     assert bool(((scale - wanted).abs() <= half_step * (1 + 1e-4)).all())
