@@ -74,9 +74,7 @@ def _work(stage: str, known: Known) -> _Work:
     if stage == "prune":
         return _Work(0, max(matrix, stream))
     if stage == "refine" and config.refine.enabled:
-        packed = layouts.tensor_bytes(known.decomposed())
-        models = packed + _dense(known, full) + (_TRAINED_COPIES + 1) * _tuned(known)
-        return _Work(models + _pass(known, full, config.refine, 0), stream)
+        return _Work(_refinement(known), stream)
     if stage == "train":
         packed = layouts.tensor_bytes(known.pruned())
         return _Work(packed + _TRAINED_COPIES * adapter + _batch(known, config.train), stream)
@@ -103,6 +101,23 @@ def _calibration(known: Known) -> int:
     sums = sum(8 * full.site_width(0, site) ** 2 for site in SITES) if settings.covariance else 0
     backward = max(_kept(full, tokens, known) // len(full.layers), _head(known, tokens))
     return width * (outer + 2 * layer) + norms + max(backward, _passing(full, tokens) + sums)
+
+
+def _refinement(known: Known) -> int:
+    """The larger of its two parts. By blocks: the packed maps that come out, embedding and head and one layer of both
+    models, and a pass through one layer. End to end: both models, what is tuned, and a pass through all layers.
+    """
+    full, settings = known.architecture, known.config.refine
+    packed, depth = layouts.tensor_bytes(known.decomposed()), len(full.layers)
+    tuned = (_TRAINED_COPIES + 1) * _tuned(known)
+    outer = _width(known) * sum(math.prod(shape) for shape in full.others().values())
+    layer = (
+        2 * (_dense(known, full) - outer) + tuned + _kept(full, settings.batch_size * settings.length, known)
+    ) // depth
+    blocks = packed + 2 * outer + layer
+    if not settings.steps:
+        return blocks
+    return max(blocks, packed + _dense(known, full) + tuned + _pass(known, full, settings, 0))
 
 
 def _covariances(known: Known) -> int:

@@ -46,14 +46,14 @@ class Gradients:
     norms: dict[tuple[int, str], Tensor]
 
 
-def batches_of(rows: Sequence[Row], device: str) -> list[CalibrationBatch]:
-    """Rows by length, those of one length together up to CALIBRATION_TOKENS tokens, at least one row."""
+def batches_of(rows: Sequence[Row], device: str, together: int = CALIBRATION_TOKENS) -> list[CalibrationBatch]:
+    """Rows by length, those of one length together up to so many tokens, at least one row."""
     found: list[CalibrationBatch] = []
     ordered = sorted(rows, key=lambda row: -len(row.input_ids))
     start = tokens = 0
     while start < len(ordered):
         length = len(ordered[start].input_ids)
-        end = start + max(1, CALIBRATION_TOKENS // length)
+        end = start + max(1, together // length)
         chosen = [row for row in ordered[start:end] if len(row.input_ids) == length]
         inputs = {name: tensor.to(device) for name, tensor in collate(chosen).items()}
         found.append(CalibrationBatch(inputs, slice(tokens, tokens + length * len(chosen))))
@@ -99,7 +99,7 @@ def _forward(
     advance: Callable[[], None],
 ) -> None:
     """Input moments; leaves the input of layer l and batch b at (l, b), and what leaves the last layer."""
-    starts = _Arguments(stream, group)
+    starts = Arguments(stream, group)
     for number, batch in enumerate(group):
         boundary.write((0, number), stream.start(batch.inputs).hidden)
     for index in range(len(stream)):
@@ -120,7 +120,7 @@ def _backward(
     advance: Callable[[], None],
 ) -> None:
     """Gradient moments and norms; (l, b) goes from a layer's input to the gradient with respect to it."""
-    starts = _Arguments(stream, group)
+    starts = Arguments(stream, group)
     for index in reversed(range(len(stream))):
         with stream.layer(index) as layer:
             watchers = [_GradientWatcher(layer, index, role, found) for role in MODULE]
@@ -149,7 +149,7 @@ def covariance_sweep(
     activations of one batch in one layer, and 8 n^2 for each distinct input of n features; on disk the hidden states
     of all tokens once.
     """
-    starts = _Arguments(stream, batches)
+    starts = Arguments(stream, batches)
     with Scratch(folder) as boundary, reporter.progress("sweeping covariances", len(stream)) as advance:
         for number, batch in enumerate(batches):
             boundary.write(number, stream.start(batch.inputs).hidden)
@@ -164,7 +164,7 @@ def _covariances(
     batches: Sequence[CalibrationBatch],
     norms: Mapping[tuple[int, str], Tensor] | None,
     boundary: Scratch,
-    starts: "_Arguments",
+    starts: "Arguments",
 ) -> dict[str, Covariance]:
     """Those of one layer; leaves what leaves the layer in place of what entered."""
     with stream.layer(index) as layer, torch.no_grad():
@@ -177,8 +177,8 @@ def _covariances(
     return {watcher.site: watcher.covariance for watcher in watchers}
 
 
-class _Arguments:
-    """Arguments of the layers for each batch. They depend on its shape alone, so only the last shape's are kept."""
+class Arguments:
+    """Arguments of a stream's layers for each batch. They depend on its shape alone: only the last shape's are kept."""
 
     def __init__(self, stream: LayerStream, batches: Sequence[CalibrationBatch]) -> None:
         self._stream, self._batches = stream, batches

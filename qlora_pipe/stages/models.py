@@ -34,13 +34,7 @@ def base_model(context: Context, wrap: Wrap | None = None) -> Model:
 
 def base_layers(context: Context) -> LayerStream:
     """The original model, dense, a layer at a time. Peak bytes: embedding, head and one layer."""
-    return LayerStream(
-        load_config(context.base),
-        context.known.architecture,
-        _base_linear(context),
-        lambda name: context.base_reader.read_float(name, context.dtype),
-        device=context.config.device,
-    )
+    return _layers(context, _base_linear(context), context.base_reader)
 
 
 def decomposed_model(context: Context, wrap: Wrap | None = None) -> Model:
@@ -48,20 +42,21 @@ def decomposed_model(context: Context, wrap: Wrap | None = None) -> Model:
     return _from_packed(context, context.known.full_packed, context.known.architecture, wrap, dense=True)
 
 
-def tunable_model(context: Context) -> Model:
-    """The full model with weights Q + L1 L2 whose scales, levels and factors can be tuned. Peak bytes: the packed model
-    with fp32 scales and factors, and their changes."""
+def tunable_model(context: Context, read: Callable[[str], Tensor]) -> Model:
+    """The full model with weights Q + L1 L2, whose buffers `read` gives by name, and whose scales, levels and factors
+    can be tuned. Peak bytes: the packed model with fp32 scales and factors, and their changes."""
     reader, known = context.reader("decompose"), context.known
-
-    def linear(layer: int, role: str, name: str) -> nn.Module:
-        shape = known.packed_shape("decompose", layer, role)
-        return TunableLinear(shape, read_buffers(reader.read, name, shape))
-
-    model = _build(context, known.architecture, linear, reader, None)
+    model = _build(context, known.architecture, _tunable_linear(context, read), reader, None)
     for module in model.modules():
         if isinstance(module, TunableLinear):
             module.tune()
     return model
+
+
+def tunable_layers(context: Context) -> LayerStream:
+    """The decomposed model as `tunable_model`, a layer at a time. Peak bytes: embedding, head and one layer."""
+    reader = context.reader("decompose")
+    return _layers(context, _tunable_linear(context, reader.read), reader)
 
 
 def pruned_model(context: Context, wrap: Wrap | None = None, *, dense: bool = True) -> Model:
@@ -144,6 +139,24 @@ def _base_linear(context: Context) -> LinearOf:
         return dense_linear(reader.read_float(f"{name}.weight", context.dtype), bias)
 
     return linear
+
+
+def _tunable_linear(context: Context, read: Callable[[str], Tensor]) -> LinearOf:
+    def linear(layer: int, role: str, name: str) -> nn.Module:
+        shape = context.known.packed_shape("decompose", layer, role)
+        return TunableLinear(shape, read_buffers(read, name, shape))
+
+    return linear
+
+
+def _layers(context: Context, linear: LinearOf, reader: TensorReader) -> LayerStream:
+    return LayerStream(
+        load_config(context.base),
+        context.known.architecture,
+        linear,
+        lambda name: reader.read_float(name, context.dtype),
+        device=context.config.device,
+    )
 
 
 def _from_packed(context: Context, stage: str, architecture: Architecture, wrap: Wrap | None, *, dense: bool) -> Model:
