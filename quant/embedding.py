@@ -50,7 +50,7 @@ class PackedEmbedding(PackedMatrix):
 
     @torch.no_grad()
     def forward(self, indices: Tensor) -> Tensor:
-        """int64 or int32 [...] -> [..., in] in `dtype`; an index outside the table is an IndexError on the CPU."""
+        """int64 or int32 [...] -> [..., in] in `dtype`; on the CPU an index outside the table is torch's error."""
         flat = indices.reshape(-1)
         shape = replace(self.shape, out_features=len(flat), choice=self.shape.choice.sliced())
         found = dense_weight(slice_rows(self.frozen(), self.shape, flat), shape).to(self.dtype)

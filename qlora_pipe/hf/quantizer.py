@@ -53,8 +53,9 @@ class PackedQuantizer(HfQuantizer):
     ) -> nn.Module:
         packings = self.quantization_config.packings
         for name, packing in packings.items():
+            packed = _packed(model, name, packing)
             parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, _packed(model, name, packing))
+            setattr(model.get_submodule(parent), leaf, packed)
         if model.config.tie_word_embeddings and HEAD in packings:
             raise SourceError(f"quantization_config packs {HEAD}, but config.json ties it to the embedding")
         if model.config.tie_word_embeddings and EMBEDDING in packings:
