@@ -15,6 +15,7 @@ from qlora_pipe.artifacts.manifest import read_manifest
 from qlora_pipe.compile import compile_model
 from qlora_pipe.config_file import load
 from qlora_pipe.errors import QloraPipeError, StageError, WeightError
+from qlora_pipe.frontier import read_curve
 from qlora_pipe.inspection import describe
 from qlora_pipe.known import CHAIN
 from qlora_pipe.plan import know
@@ -70,6 +71,9 @@ def test_planned_bytes_are_written_bytes(finished: Path) -> None:
     rows = json.loads((run / "evaluate/metrics.json").read_text())
     assert {row["bytes"] for row in rows if row["model"] == "decomposed"} == {size}
     assert f"{EMBEDDING}.codes" in describe(run / "decompose")
+    chosen = read_curve(run).chosen
+    assert chosen is not None
+    assert chosen.artifact_bytes == size
 
 
 def test_tables_of_every_packed_model_are_the_checkpoint_s_rounded(finished: Path) -> None:
