@@ -73,6 +73,11 @@ class Decompose(Section):
         True, description="take the best of five scales for every block; false: its largest weight fits exactly"
     )
     factor_dtype: Literal["bfloat16", "float16", "float32", "int8"] = Field("int8", description="low-rank factors")
+    embeddings: Literal["keep", "int8"] = Field(
+        "keep",
+        description="embedding and head of the packed models: as the checkpoint has them, or 8-bit integers with "
+        "float16 scales",
+    )
     ties: tuple[Tie, ...] = Field(
         (("q", "k", "v"), ("gate", "up")),
         description="what takes the same configuration: roles of a layer, or a pattern of module names",
@@ -138,8 +143,12 @@ class Decompose(Section):
         return SEARCHED if self.scale_search else UNSEARCHED
 
     def measured(self) -> dict[str, Any]:
-        """What the error table and the decomposition depend on, as JSON."""
-        return self.model_dump(mode="json", exclude=_SEARCH)
+        """What the error table and the decomposition of the linear maps depend on, as JSON."""
+        return self.model_dump(mode="json", exclude={*_SEARCH, "embeddings"})
+
+    def tables(self) -> dict[str, Any]:
+        """What embedding and head depend on, as JSON: nothing if they are kept."""
+        return {} if self.embeddings == "keep" else {"embeddings": self.embeddings}
 
     def formats(self) -> list[Choice]:
         """Every configuration these settings offer to a matrix of any shape; ValueError for scales of no format."""

@@ -112,7 +112,8 @@ class _Reader:
         return Point(8 * cost / self.architecture.linear_weights(), cost, cost + self.fixed, loss)
 
     def _row(self, point: Point, allocation: Mapping[str, Choice], *, chosen: bool) -> Row:
-        tensors = layouts.decomposed(self.architecture, self.dtypes, allocation)
+        embeddings = self.config.decompose.embeddings
+        tensors = layouts.decomposed(self.architecture, self.dtypes, allocation, embeddings)
         return Row(**asdict(point), artifact_bytes=sum(folder_files(tensors).values()), chosen=chosen)
 
 

@@ -71,10 +71,18 @@ class Known:
         return layouts.moments(self.architecture, self.config.calibrate)
 
     def decomposed(self) -> layouts.Tensors:
-        return layouts.decomposed(self.architecture, self.dtypes, self.allocation)
+        return layouts.decomposed(self.architecture, self.dtypes, self.allocation, self.config.decompose.embeddings)
 
     def pruned(self) -> layouts.Tensors:
-        return layouts.decomposed(self.small, self.dtypes, self.small_allocation)
+        return layouts.decomposed(self.small, self.dtypes, self.small_allocation, self.config.decompose.embeddings)
+
+    def outer(self) -> layouts.Tensors:
+        """What the decomposed and the pruned model have beside linear maps."""
+        return layouts.outer(self.architecture, self.dtypes, self.config.decompose.embeddings)
+
+    def tables(self) -> dict[str, PackedShape]:
+        """How these store embedding and head, by module name; none if they are kept."""
+        return layouts.tables(self.architecture, self.config.decompose.embeddings)
 
     @property
     def full_packed(self) -> str:
@@ -257,7 +265,7 @@ def fixed_bytes(architecture: Architecture, dtypes: Mapping[str, str], config: C
         shapes = {choice: layouts.packed_shape(architecture, layer, role, choice) for choice in sizes}
         entries = {choice: entry_bytes(layouts.packed(name, shape)) for choice, shape in shapes.items()}
         longer += max(entries.values()) - entries[dearest[name]]
-    tensors = layouts.decomposed(architecture, dtypes, dearest)
+    tensors = layouts.decomposed(architecture, dtypes, dearest, config.decompose.embeddings)
     files = folder_files(tensors)
     # In one file no choice has longer offsets than the dearest one; it may have longer shapes or more tensors, and a
     # header is padded to eight bytes. Among several files tensors move to other places when the choice changes: room

@@ -6,13 +6,16 @@ from dataclasses import replace
 from prune.counting import kept_count
 from prune.exceptions import RatioError
 from prune.groups import PRUNED_AXIS, ROLES, shape_of
-from qlora_pipe.architectures import SITES, Architecture, covariance_name, linear_name
+from qlora_pipe.architectures import EMBEDDING, HEAD, SITES, Architecture, covariance_name, linear_name
 from qlora_pipe.artifacts.layout import DTYPE_BYTES, DTYPE_CODE, TensorSpec
 from qlora_pipe.config import Calibrate, Compact, Prune
 from qlora_pipe.errors import ConfigError
 from quant.storage import Choice, PackedShape, packed_columns
 
 Tensors = dict[str, TensorSpec]
+
+_TABLE_BLOCKS = range(16, 129)
+"""Weights that share a scale in a packed embedding: 2 bytes of scale to 16 of codes at most."""
 
 
 def moments(architecture: Architecture, settings: Calibrate) -> Tensors:
@@ -56,12 +59,37 @@ def packed(name: str, shape: PackedShape) -> Tensors:
     }
 
 
-def decomposed(architecture: Architecture, dtypes: Mapping[str, str], allocation: Mapping[str, Choice]) -> Tensors:
-    """The packed model, whole or pruned: packed linear maps, and all other tensors as the checkpoint has them."""
-    found = others(architecture, dtypes)
+def decomposed(
+    architecture: Architecture, dtypes: Mapping[str, str], allocation: Mapping[str, Choice], embeddings: str
+) -> Tensors:
+    """The packed model, whole or pruned: `outer`, and packed linear maps."""
+    found = outer(architecture, dtypes, embeddings)
     for layer, role, name in architecture.linears():
         found |= packed(name, packed_shape(architecture, layer, role, allocation[name]))
     return found
+
+
+def outer(architecture: Architecture, dtypes: Mapping[str, str], embeddings: str) -> Tensors:
+    """All of the packed model but its linear maps: the tables packed, other tensors as the checkpoint has them."""
+    found = others(architecture, dtypes)
+    for name, shape in tables(architecture, embeddings).items():
+        del found[f"{name}.weight"]
+        found |= packed(name, shape)
+    return found
+
+
+def tables(architecture: Architecture, embeddings: str) -> dict[str, PackedShape]:
+    """How the packed model stores embedding and head, by module name; none where `embeddings` is "keep".
+
+    "int8": signed integers, float16 scales for blocks along the hidden axis, the largest of 16 to 128 weights that
+    divide it, else whole rows. A tied head is the embedding.
+    """
+    if embeddings == "keep":
+        return {}
+    hidden = architecture.hidden
+    block = max((size for size in _TABLE_BLOCKS if hidden % size == 0), default=hidden)
+    shape = PackedShape(hidden, architecture.vocab, Choice("int", 8, block, 0, 16, "float16"), transposed=False)
+    return dict.fromkeys((EMBEDDING,) if architecture.tied else (EMBEDDING, HEAD), shape)
 
 
 def others(architecture: Architecture, dtypes: Mapping[str, str]) -> Tensors:

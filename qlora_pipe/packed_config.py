@@ -17,7 +17,7 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class Packing:
-    """How one linear map is stored, shape apart."""
+    """How one linear map or embedding is stored, shape apart."""
 
     choice: Choice
     transposed: bool

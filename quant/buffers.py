@@ -74,7 +74,7 @@ def slice_rows(buffers: Mapping[str, Tensor], shape: PackedShape, rows: Tensor) 
         found = {name: tensor for name, tensor in found.items() if not name.startswith("scale_")} | {"scale": scale}
     by_row = _BY_STORED_ROW if shape.transposed else (*_BY_STORED_ROW, "lowrank_left", "bias")
     for name in found.keys() & set(by_row):
-        found[name] = found[name][rows]
+        found[name] = found[name].index_select(0, rows)
     if shape.transposed:
         found["lowrank_right"] = found["lowrank_right"][:, rows]
     return found

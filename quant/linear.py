@@ -84,22 +84,41 @@ class _FrozenMap(torch.autograd.Function):
         return grad_x.view(*grad_y.shape[:-1], shape.in_features), *([None] * (2 + len(buffers)))
 
 
-class PackedLinear(nn.Module):
-    """``y = x @ Q^T + (x @ right^T) @ left^T + bias``, plus the task adapter when one is attached.
+def product(x: Tensor, buffers: Buffers, shape: PackedShape) -> Tensor:
+    """``x @ (Q + left @ right)^T``: [..., in] -> [..., out] in x's dtype (autocast's dtype under autocast).
+
+    Differentiable in x alone, of which nothing is kept. Raises ShapeError for another width of x.
+    """
+    check_input(x, shape.in_features)
+    found: Tensor = _FrozenMap.apply(  # type: ignore[no-untyped-call]
+        autocast_input(x), shape, tuple(buffers), *buffers.values()
+    )
+    return found
+
+
+def dense_weight(buffers: Buffers, shape: PackedShape, include_lowrank: bool = True) -> Tensor:
+    """W or Q, fp32 [out, in]; see `PackedMatrix.dequantized`."""
+    left, right = buffers["lowrank_left"].double(), buffers["lowrank_right"].double()
+    if "lowrank_scale" in buffers:
+        left = left * buffers["lowrank_scale"]
+    dense = torch.empty(shape.out_features, shape.in_features, dtype=torch.float32, device=left.device)
+    stored, first, second = (dense.t(), right.t(), left.t()) if shape.transposed else (dense, left, right)
+    for rows, weight in _stored_chunks(buffers, shape):
+        stored[rows] = (first[rows] @ second + weight).float() if include_lowrank else weight
+    return dense
+
+
+class PackedMatrix(nn.Module):
+    """W = Q + left @ right as it is stored, to be looked up or multiplied.
 
     Every stored tensor is a buffer with the name, dtype and shape of ``shape.buffers()``; load them with
     ``load_state_dict``.
-
-    Peak bytes beyond the result: forward and backward about 3 x 2**20 for the chunk being rebuilt, and an
-    fp32 copy of the result for half-precision activations.
 
     Raises:
         ShapeError: the choice's blocks or superblocks do not divide the stored matrix.
     """
 
     bias: Tensor | None
-    task_a: nn.Parameter | None
-    task_b: nn.Parameter | None
 
     def __init__(self, shape: PackedShape, device: torch.device | str | None = None) -> None:
         super().__init__()
@@ -108,6 +127,58 @@ class PackedLinear(nn.Module):
         self._spec = {name: (torch_dtype(dtype), size) for name, (dtype, size) in shape.buffers().items()}
         for name, (dtype, size) in self._spec.items():
             self.register_buffer(name, torch.zeros(size, dtype=dtype, device=device))
+
+    @property
+    def qweight(self) -> Tensor:
+        """The packed codes, under the name by which adapter libraries find where a quantised layer lives."""
+        return self.get_buffer("codes")
+
+    @torch.no_grad()
+    def dequantized(self, include_lowrank: bool = True) -> Tensor:
+        """Dense weight, fp32 [out, in].
+
+        A row of the stored orientation depends on the buffers of that row only. The low-rank product is
+        summed in fp64, where products of factors of up to 16 bits are exact, also with a component's scale, so
+        a row is the same bits in a full and in a sliced map.
+
+        Peak bytes: 4 x out x in for the result, plus about 7 x 2**20 for the chunk being rebuilt.
+        """
+        return dense_weight(self.frozen(), self.shape, include_lowrank)
+
+    def frozen(self) -> dict[str, Tensor]:
+        """The buffers W is made of; raises QuantError for one that was cast to another dtype."""
+        found = {name: self.get_buffer(name) for name in self._spec if name != "bias"}
+        for name, tensor in found.items():
+            expected = self._spec[name][0]
+            # Factors serve in any floating dtype; everything else means what it does in its own alone.
+            if tensor.dtype != expected and name not in ("lowrank_left", "lowrank_right"):
+                raise QuantError(
+                    f"{name} was cast to {tensor.dtype}, but a packed map keeps {expected}: move it between devices, "
+                    "keep its dtypes"
+                )
+        return found
+
+    def extra_repr(self) -> str:
+        shape = self.shape
+        return (
+            f"in_features={shape.in_features}, out_features={shape.out_features}, choice={shape.choice.name}, "
+            f"transposed={shape.transposed}"
+        )
+
+
+class PackedLinear(PackedMatrix):
+    """``y = x @ Q^T + (x @ right^T) @ left^T + bias``, plus the task adapter when one is attached, of which
+    `dequantized` knows nothing.
+
+    Peak bytes beyond the result: forward and backward about 3 x 2**20 for the chunk being rebuilt, and an
+    fp32 copy of the result for half-precision activations. Raises as `PackedMatrix`.
+    """
+
+    task_a: nn.Parameter | None
+    task_b: nn.Parameter | None
+
+    def __init__(self, shape: PackedShape, device: torch.device | str | None = None) -> None:
+        super().__init__(shape, device)
         self.register_parameter("task_a", None)
         self.register_parameter("task_b", None)
         self.task_scale = 0.0
@@ -134,60 +205,11 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out], computed in x's dtype (autocast's dtype under autocast)."""
-        check_input(x, self.shape.in_features)
         x = autocast_input(x)
-        buffers = self._frozen()
-        y: Tensor = _FrozenMap.apply(  # type: ignore[no-untyped-call]
-            x, self.shape, tuple(buffers), *buffers.values()
-        )
+        y = product(x, self.frozen(), self.shape)
         if self.bias is not None:
             y = y + self.bias.to(y.dtype)
         if self.task_a is not None and self.task_b is not None:
             hidden = F.linear(x, self.task_a.to(x.dtype))
             y = y + self.task_scale * F.linear(hidden, self.task_b.to(x.dtype))
         return y
-
-    @property
-    def qweight(self) -> Tensor:
-        """The packed codes, under the name by which adapter libraries find where a quantised layer lives."""
-        return self.get_buffer("codes")
-
-    @torch.no_grad()
-    def dequantized(self, include_lowrank: bool = True) -> Tensor:
-        """Dense weight, fp32 [out, in], without the task adapter.
-
-        A row of the stored orientation depends on the buffers of that row only. The low-rank product is
-        summed in fp64, where products of factors of up to 16 bits are exact, also with a component's scale, so
-        a row is the same bits in a full and in a sliced map.
-
-        Peak bytes: 4 x out x in for the result, plus about 7 x 2**20 for the chunk being rebuilt.
-        """
-        shape, buffers = self.shape, self._frozen()
-        left, right = buffers["lowrank_left"].double(), buffers["lowrank_right"].double()
-        if "lowrank_scale" in buffers:
-            left = left * buffers["lowrank_scale"]
-        dense = torch.empty(shape.out_features, shape.in_features, dtype=torch.float32, device=left.device)
-        stored, first, second = (dense.t(), right.t(), left.t()) if shape.transposed else (dense, left, right)
-        for rows, weight in _stored_chunks(buffers, shape):
-            stored[rows] = (first[rows] @ second + weight).float() if include_lowrank else weight
-        return dense
-
-    def _frozen(self) -> dict[str, Tensor]:
-        """The buffers W is made of."""
-        found = {name: self.get_buffer(name) for name in self._spec if name != "bias"}
-        for name, tensor in found.items():
-            expected = self._spec[name][0]
-            # Factors serve in any floating dtype; everything else means what it does in its own alone.
-            if tensor.dtype != expected and name not in ("lowrank_left", "lowrank_right"):
-                raise QuantError(
-                    f"{name} was cast to {tensor.dtype}, but a packed map keeps {expected}: move it between devices, "
-                    "keep its dtypes"
-                )
-        return found
-
-    def extra_repr(self) -> str:
-        shape = self.shape
-        return (
-            f"in_features={shape.in_features}, out_features={shape.out_features}, choice={shape.choice.name}, "
-            f"transposed={shape.transposed}"
-        )

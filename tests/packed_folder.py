@@ -1,6 +1,7 @@
 """A tiny packed folder without the chain: several formats, as decompose writes them."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ from qlora_pipe.artifacts.tensors import TensorWriter
 from qlora_pipe.exporters.packed import write_packed_settings
 from qlora_pipe.hf.model import Model
 from qlora_pipe.packed_config import Packing
-from qlora_pipe.stages.packing import read_packed
+from qlora_pipe.stages.packing import read_packed, read_table
 from quant.buffers import packed_buffers
 from quant.decompose import decompose
+from quant.embedding import quantize_rows
 from quant.storage import Choice
 
 CHOICES = {
@@ -30,14 +32,15 @@ def choice_of(role: str) -> Choice:
     return CHOICES.get(role, REST)
 
 
-def save_packed(base: Path, folder: Path) -> Path:
+def save_packed(base: Path, folder: Path, embeddings: str = "keep") -> Path:
     """The model of `base`, packed into `folder`."""
     tiny = TinyFolder(base)
     folder.mkdir()
     allocation = {name: choice_of(role) for _, role, name in tiny.architecture.linears()}
     dtypes = {name: place.spec.dtype for name, place in tiny.reader.locations.items()}
-    packings = {}
-    with TensorWriter(folder, layouts.decomposed(tiny.architecture, dtypes, allocation)) as writer:
+    tables = layouts.tables(tiny.architecture, embeddings)
+    packings = {name: Packing(shape.choice, shape.transposed) for name, shape in tables.items()}
+    with TensorWriter(folder, layouts.decomposed(tiny.architecture, dtypes, allocation, embeddings)) as writer:
         for layer, role, name in tiny.architecture.linears():
             choice = choice_of(role)
             shape = layouts.packed_shape(tiny.architecture, layer, role, choice)
@@ -48,18 +51,24 @@ def save_packed(base: Path, folder: Path) -> Path:
             for buffer, tensor in packed_buffers(result.quantized, factors, shape, bias).items():
                 writer.write(f"{name}.{buffer}", tensor)
             packings[name] = Packing(choice, shape.transposed)
+        for name, shape in tables.items():
+            for buffer, tensor in quantize_rows(tiny.reader.read(f"{name}.weight"), shape).items():
+                writer.write(f"{name}.{buffer}", tensor)
         for name in tiny.architecture.others():
-            writer.write(name, tiny.reader.read(name))
+            if name.removesuffix(".weight") not in tables:
+                writer.write(name, tiny.reader.read(name))
     config = json.loads((base / "config.json").read_text())
     write_packed_settings(folder, packings, config=config, base=base)
     return folder
 
 
-def packed_model(base: Path, reader: Any) -> Model:
-    """The same, through the doors of the stages; `reader` reads the packed folder."""
+def packed_model(base: Path, reader: Any, embeddings: str = "keep") -> Model:
+    """The same in fp32, through the doors of the stages; `reader` reads the packed folder."""
     tiny = TinyFolder(base)
 
     def linear(layer: int, role: str, name: str) -> Any:
         return read_packed(reader.read, name, layouts.packed_shape(tiny.architecture, layer, role, choice_of(role)))
 
-    return tiny.build(linear)
+    tables = layouts.tables(tiny.architecture, embeddings).items()
+    packed = {name: partial(read_table, reader.read, name, shape, torch.float32) for name, shape in tables}
+    return tiny.build(linear, packed=packed)

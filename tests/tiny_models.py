@@ -40,8 +40,11 @@ class TinyFolder:
         bias = self.reader.read_float(f"{name}.bias") if role in self.architecture.biased else None
         return self.reader.read_float(f"{name}.weight"), bias
 
-    def build(self, linear: Callable[[int, str, str], nn.Module], architecture: Architecture | None = None) -> Model:
-        return build(self.config, architecture or self.architecture, linear, self.reader.read_float, device="cpu")
+    def build(
+        self, linear: Callable[[int, str, str], nn.Module], architecture: Architecture | None = None, **packed: Any
+    ) -> Model:
+        architecture = architecture or self.architecture
+        return build(self.config, architecture, linear, self.reader.read_float, device="cpu", **packed)
 
     def dense(self) -> Model:
         return self.build(lambda layer, role, name: dense_linear(*self.weight(role, name)))

@@ -6,15 +6,16 @@ from peft import LoraConfig
 from peft.tuners.lora import Linear
 from torch import nn
 
+from quant.embedding import TiedHead
 from quant.exceptions import QuantError
 from quant.linear import PackedLinear
 
 
 class PackedLora(Linear):
-    """PEFT's LoRA layer around a PackedLinear; its variants that read the base weight are not offered."""
+    """PEFT's LoRA layer around a PackedLinear or TiedHead; its variants that read the base weight are not offered."""
 
     def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
-        assert isinstance(module, PackedLinear)
+        assert isinstance(module, PackedLinear | TiedHead)
         return module.shape.in_features, module.shape.out_features
 
     @property
@@ -32,5 +33,5 @@ def packed_lora(config: Any) -> LoraConfig:
     For `get_peft_model(model, packed_lora(LoraConfig(...)))` and for
     `PeftModel.from_pretrained(model, folder, config=packed_lora(PeftConfig.from_pretrained(folder)))`.
     """
-    config._register_custom_module({PackedLinear: PackedLora})
+    config._register_custom_module({PackedLinear: PackedLora, TiedHead: PackedLora})
     return config

@@ -1,6 +1,6 @@
 """Building transformers models whose linear maps we choose, layer by layer, from tensors on disk."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -9,8 +9,9 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from qlora_pipe.architectures import Architecture
+from qlora_pipe.architectures import EMBEDDING, Architecture
 from qlora_pipe.errors import DeviceError, SourceError
+from qlora_pipe.hf.packed import tie_head
 from qlora_pipe.hf.source import quiet
 from qlora_pipe.meter import release_memory
 
@@ -20,6 +21,9 @@ Model = PreTrainedModel
 LinearOf = Callable[[int, str, str], nn.Module]
 """(layer, role, module name) to the module that takes its place."""
 
+InPlaceOf = Callable[[nn.Module], nn.Module]
+"""The module that was there to the one that takes its place."""
+
 M = TypeVar("M", bound=nn.Module)
 
 TensorOf = Callable[[str], Tensor]
@@ -27,19 +31,31 @@ TensorOf = Callable[[str], Tensor]
 
 
 def build(
-    config: dict[str, Any], architecture: Architecture, linear: LinearOf, other: TensorOf, *, device: str
+    config: dict[str, Any],
+    architecture: Architecture,
+    linear: LinearOf,
+    other: TensorOf,
+    *,
+    device: str,
+    packed: Mapping[str, InPlaceOf] | None = None,
 ) -> PreTrainedModel:
-    """A frozen model in evaluation mode. Peak bytes: what `linear` and `other` return, one at a time, kept.
+    """A frozen model in evaluation mode. Peak bytes: what `linear`, `other` and `packed` return, one at a time, kept.
 
+    `packed`: embedding and head that are no dense tensors, by module name; a tied head is the embedding's.
     `architecture` may have other widths than `config`, and different ones in each layer: attention reads the number of
     heads off the tensors, and the ratio of query to key heads is the same everywhere.
     """
-    model = empty_model(config)
+    model, packed = empty_model(config), packed or {}
     for layer, role, name in architecture.linears():
         put_module(model, name, linear(layer, role, name).to(device))
+    for name, in_place_of in packed.items():
+        put_module(model, name, in_place_of(model.get_submodule(name)).to(device))
     for name in architecture.others():
-        put_tensor(model, name, other(name).to(device))
-    if architecture.tied:
+        if name.removesuffix(".weight") not in packed:
+            put_tensor(model, name, other(name).to(device))
+    if architecture.tied and EMBEDDING in packed:
+        tie_head(model)
+    elif architecture.tied:
         model.tie_weights()
     return finished(model, device)
 

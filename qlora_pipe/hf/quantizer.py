@@ -13,12 +13,14 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from qlora_pipe.architectures import EMBEDDING, HEAD
 from qlora_pipe.artifacts.headers import read_header
 from qlora_pipe.artifacts.layout import DTYPE_CODE, TensorSpec
 from qlora_pipe.errors import SourceError
-from qlora_pipe.packed_config import METHOD, from_json, to_json
+from qlora_pipe.hf.packed import packed_like, tie_head
+from qlora_pipe.packed_config import METHOD, Packing, from_json, to_json
 from quant.exceptions import QuantError
-from quant.linear import PackedLinear
+from quant.linear import PackedMatrix
 from quant.storage import PackedShape
 
 
@@ -36,7 +38,8 @@ class PackedConfig(QuantizationConfigMixin):
 
 @register_quantizer(METHOD)
 class PackedQuantizer(HfQuantizer):
-    """Puts a PackedLinear where the stock architecture has an nn.Linear; transformers loads its buffers like any other.
+    """Puts packed modules where the stock architecture has linear maps and embeddings; transformers loads their
+    buffers like any other.
 
     `dtype` of from_pretrained is that of activations and of what is not packed; buffers keep their own. Peak bytes:
     the packed model.
@@ -46,27 +49,17 @@ class PackedQuantizer(HfQuantizer):
     requires_calibration = True
 
     def _process_model_before_weight_loading(
-        self, model: nn.Module, checkpoint_files: list[str] | None = None, **kwargs: Any
+        self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> nn.Module:
-        for name, packing in self.quantization_config.packings.items():
+        packings = self.quantization_config.packings
+        for name, packing in packings.items():
+            packed = _packed(model, name, packing)
             parent, _, leaf = name.rpartition(".")
-            try:
-                linear = model.get_submodule(name)
-            except AttributeError:
-                linear = None
-            if not isinstance(linear, nn.Linear):
-                raise SourceError(
-                    f"quantization_config packs {name}, but {type(model).__name__} has no linear map there; "
-                    "load the folder with AutoModelForCausalLM, and keep its config.json as it was written"
-                )
-            shape = PackedShape(
-                linear.in_features, linear.out_features, packing.choice, packing.transposed, linear.bias is not None
-            )
-            try:
-                packed = PackedLinear(shape, device="meta")
-            except QuantError as error:
-                raise SourceError(f"quantization_config does not fit {name}: {error}") from error
             setattr(model.get_submodule(parent), leaf, packed)
+        if model.config.tie_word_embeddings and HEAD in packings:
+            raise SourceError(f"quantization_config packs {HEAD}, but config.json ties it to the embedding")
+        if model.config.tie_word_embeddings and EMBEDDING in packings:
+            tie_head(model)
         if checkpoint_files is not None:
             _check_tensors(model, checkpoint_files)
         return model
@@ -80,13 +73,34 @@ class PackedQuantizer(HfQuantizer):
         return True
 
 
+def _packed(model: nn.Module, name: str, packing: Packing) -> nn.Module:
+    """What takes the place of module `name`; raises SourceError if nothing packed can."""
+    try:
+        place = model.get_submodule(name)
+    except AttributeError:
+        place = None
+    if isinstance(place, nn.Linear):
+        sides, bias = (place.in_features, place.out_features), place.bias is not None
+    elif isinstance(place, nn.Embedding):
+        sides, bias = (place.embedding_dim, place.num_embeddings), False
+    else:
+        raise SourceError(
+            f"quantization_config packs {name}, but {type(model).__name__} has no linear map there, and no embedding; "
+            "load the folder with AutoModelForCausalLM, and keep its config.json as it was written"
+        )
+    try:
+        return packed_like(place, PackedShape(*sides, packing.choice, packing.transposed, bias), place.weight.dtype)
+    except QuantError as error:
+        raise SourceError(f"quantization_config does not fit {name}: {error}") from error
+
+
 def _check_tensors(model: Any, files: list[str]) -> None:
     """Every tensor of `model` is in `files`, packed ones in their own dtype; SourceError before any is read.
 
     transformers itself would draw a missing tensor at random and say so in a warning.
     """
     found = {name: place.spec for file in files for name, place in read_header(Path(file)).items()}
-    packed = {name for name, module in model.named_modules() if isinstance(module, PackedLinear)}
+    packed = {name for name, module in model.named_modules() if isinstance(module, PackedMatrix)}
     for name, tensor in model.state_dict().items():
         if name not in found:
             if name in model.all_tied_weights_keys:

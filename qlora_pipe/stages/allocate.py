@@ -25,8 +25,9 @@ STAGE = Stage(
     "allocate",
     2,
     ("score",),
-    lambda config: config.decompose.model_dump(
-        mode="json", include={"budget", "ties", "rules", "time_limit"}, exclude_none=True
+    lambda config: (
+        config.decompose.model_dump(mode="json", include={"budget", "ties", "rules", "time_limit"}, exclude_none=True)
+        | config.decompose.tables()
     ),
     run,
 )

@@ -20,7 +20,8 @@ from quant.decompose import decompose
 
 
 def run(context: Context) -> None:
-    """Peak bytes: one matrix in fp32, a few temporaries of its size, and the packed maps of one layer."""
+    """Peak bytes: one matrix in fp32, a few temporaries of its size, and the packed maps of one layer; or as
+    `write_packed_model`, if that is more."""
     figures: dict[str, dict[str, Any]] = {}
     write_packed_model(context, _maps(context, figures))
     context.write_json("decomposition.json", figures)
@@ -71,7 +72,7 @@ STAGE = Stage(
     "decompose",
     4,
     ("source", "calibrate", "allocate"),
-    lambda config: {"seed": config.seed} | config.decompose.measured(),
+    lambda config: {"seed": config.seed} | config.decompose.measured() | config.decompose.tables(),
     run,
     work=lambda context: exhaust(_decomposed(context)),
 )

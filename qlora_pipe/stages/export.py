@@ -14,8 +14,8 @@ from qlora_pipe.exporters.peft import write_peft
 from qlora_pipe.hf.model import small_config
 from qlora_pipe.sources import base_name, read_config
 from qlora_pipe.stages.base import Context, Stage
-from qlora_pipe.stages.models import integer_weight, packed_map
-from qlora_pipe.stages.packing import read_factors
+from qlora_pipe.stages.models import integer_weight
+from qlora_pipe.stages.packing import read_factors, read_packed
 from qlora_pipe.stages.train import strength
 
 Read = Callable[[str], Tensor]
@@ -70,14 +70,16 @@ def _merged(context: Context, factor: float) -> Read:
 
 
 def _dequantised(context: Context, stage: str, architecture: Architecture) -> Read:
-    """Q + L1 L2 for the weights of linear maps, all else as stored."""
-    reader = context.reader(stage)
-    places = {f"{name}.weight": (layer, role) for layer, role, name in architecture.linears()}
+    """Weights of packed linear maps and tables, all else as stored."""
+    reader, known = context.reader(stage), context.known
+    shapes = {name: known.packed_shape(stage, layer, role) for layer, role, name in architecture.linears()}
+    shapes |= known.tables()
 
     def read(tensor: str) -> Tensor:
-        if tensor not in places:
+        name, _, kind = tensor.rpartition(".")
+        if kind != "weight" or name not in shapes:
             return reader.read_float(tensor)
-        return packed_map(context, reader, stage, *places[tensor]).dequantized()
+        return read_packed(reader.read, name, shapes[name]).dequantized()
 
     return read
 

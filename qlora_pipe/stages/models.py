@@ -1,6 +1,7 @@
 """The models of the chain, each built layer by layer from the artifacts."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -8,12 +9,12 @@ from torch import Tensor, nn
 
 from prune.groups import PRUNED_AXIS
 from prune.slice import slice_bias, slice_rows_or_columns
-from qlora_pipe.architectures import Architecture, linear_name
+from qlora_pipe.architectures import HEAD, Architecture, linear_name
 from qlora_pipe.artifacts.tensors import TensorReader
 from qlora_pipe.hf.layers import LayerStream
 from qlora_pipe.hf.model import AdaptedLinear, LinearOf, Model, build, dense_linear, load_config
 from qlora_pipe.stages.base import Context
-from qlora_pipe.stages.packing import read_buffers, read_factors, read_packed
+from qlora_pipe.stages.packing import read_buffers, read_factors, read_packed, read_table
 from quant.fakequant import L4QLinear
 from quant.grid import dequantize, to_signed
 from quant.linear import PackedLinear
@@ -127,8 +128,10 @@ def l4q_modules(model: Model) -> dict[str, L4QLinear]:
 
 
 def packed_modules(model: Model) -> dict[str, PackedLinear]:
-    """Name to module of every packed linear map."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
+    """Name to module of every packed linear map of the blocks."""
+    maps = {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
+    maps.pop(HEAD, None)
+    return maps
 
 
 def _base_linear(context: Context) -> LinearOf:
@@ -169,7 +172,7 @@ def _from_packed(context: Context, stage: str, architecture: Architecture, wrap:
         bias = None if packed.bias is None else packed.bias.to(context.dtype)
         return dense_linear(packed.dequantized().to(context.dtype), bias)
 
-    return _build(context, architecture, linear, reader, wrap)
+    return _build(context, architecture, linear, reader, wrap, dense=dense)
 
 
 def _build(
@@ -178,14 +181,24 @@ def _build(
     linear: LinearOf,
     reader: TensorReader,
     wrap: Wrap | None,
+    *,
+    dense: bool = False,
 ) -> Model:
+    """Tables that `reader` has packed stay so, or are made `dense` one after the other."""
     config: dict[str, Any] = load_config(context.base)
+    tables = {name: shape for name, shape in context.known.tables().items() if f"{name}.codes" in reader}
 
     def placed(layer: int, role: str, name: str) -> nn.Module:
         module = linear(layer, role, name)
         return wrap(layer, role, name, module) if wrap else module
 
     def other(name: str) -> Tensor:
+        module = name.removesuffix(".weight")
+        if module in tables:
+            return read_packed(reader.read, module, tables[module]).dequantized().to(context.dtype)
         return reader.read_float(name, context.dtype)
 
-    return build(config, architecture, placed, other, device=context.config.device)
+    packed = (
+        {} if dense else {name: partial(read_table, reader.read, name, tables[name], context.dtype) for name in tables}
+    )
+    return build(config, architecture, placed, other, device=context.config.device, packed=packed)

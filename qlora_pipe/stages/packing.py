@@ -3,13 +3,18 @@
 from collections.abc import Callable, Iterable, Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from qlora_pipe.artifacts.tensors import torch_dtype_of
+from qlora_pipe.errors import StageError
 from qlora_pipe.exporters.packed import write_packed_settings
+from qlora_pipe.hf.packed import packed_like
 from qlora_pipe.packed_config import Packing
 from qlora_pipe.sources import read_config
 from qlora_pipe.stages.base import Context
-from quant.linear import PackedLinear
+from quant.embedding import quantize_rows
+from quant.exceptions import QuantError
+from quant.linear import PackedLinear, PackedMatrix
 from quant.storage import PackedShape
 
 
@@ -21,19 +26,36 @@ def packed_linear(shape: PackedShape, buffers: Mapping[str, Tensor]) -> PackedLi
 
 
 def write_packed_model(context: Context, maps: Iterable[tuple[str, Mapping[str, Tensor]]]) -> None:
-    """The full decomposed model as a Hugging Face folder: the buffers of every linear map, all other tensors as the
-    checkpoint has them, configuration and tokenizer. Peak bytes: the largest tensor, and what `maps` holds."""
-    known, packings = context.known, {}
+    """The full decomposed model as a Hugging Face folder: the buffers of every linear map, embedding and head packed
+    or, as all other tensors, as the checkpoint has them, configuration and tokenizer.
+
+    Peak bytes: the largest tensor as the checkpoint has it and, if that is packed, its packed form; and what `maps`
+    holds. Raises WeightError or StageError naming a table that cannot be packed."""
+    known, tables = context.known, context.known.tables()
+    packings = {name: Packing(shape.choice, shape.transposed) for name, shape in tables.items()}
     with context.writer(known.decomposed()) as writer:
         for name, buffers in maps:
             for buffer, tensor in buffers.items():
                 writer.write(f"{name}.{buffer}", tensor)
+        for name, shape in tables.items():
+            for buffer, tensor in _packed_table(context, f"{name}.weight", shape).items():
+                writer.write(f"{name}.{buffer}", tensor)
         for name in known.architecture.others():
-            writer.write(name, context.base_reader.read(name))
+            if name.removesuffix(".weight") not in tables:
+                writer.write(name, context.base_reader.read(name))
     for layer, role, name in known.architecture.linears():
         shape = known.packed_shape("decompose", layer, role)
         packings[name] = Packing(shape.choice, shape.transposed)
     write_packed_settings(context.out, packings, config=read_config(context.base), base=context.base)
+
+
+def _packed_table(context: Context, tensor: str, shape: PackedShape) -> dict[str, Tensor]:
+    reader = context.base_reader
+    stored = torch_dtype_of(reader.locations[tensor].spec.dtype)
+    try:
+        return quantize_rows(reader.read_float(tensor, stored), shape)
+    except QuantError as error:
+        raise StageError(f"{tensor}: {error}; set decompose.embeddings to keep") from error
 
 
 def read_factors(read: Callable[[str], Tensor], name: str) -> tuple[Tensor, Tensor]:
@@ -49,3 +71,12 @@ def read_buffers(read: Callable[[str], Tensor], name: str, shape: PackedShape) -
 def read_packed(read: Callable[[str], Tensor], name: str, shape: PackedShape) -> PackedLinear:
     """A PackedLinear from the tensors on disk."""
     return packed_linear(shape, read_buffers(read, name, shape))
+
+
+def read_table(
+    read: Callable[[str], Tensor], name: str, shape: PackedShape, dtype: torch.dtype, place: nn.Module
+) -> PackedMatrix:
+    """What takes the place of embedding or head `place`, from the tensors on disk; see `packed_like`."""
+    module = packed_like(place, shape, dtype)
+    module.load_state_dict(read_buffers(read, name, shape), assign=True)
+    return module

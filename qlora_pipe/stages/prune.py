@@ -40,7 +40,7 @@ def run(context: Context) -> None:
             sliced = slice_rows(buffers, shape, kept.kept_indices(layer, role))
             for buffer in known.packed_shape("prune", layer, role).buffers():
                 writer.write(f"{name}.{buffer}", sliced[buffer])
-        for name in known.architecture.others():
+        for name in known.outer():
             writer.write(name, reader.read(name))
 
 

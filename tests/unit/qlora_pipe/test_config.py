@@ -131,6 +131,16 @@ def test_every_format_is_offered_once() -> None:
     assert len(found) == len(set(found)) == 3 * 5 * 4 * (2 * 4 + 2)
 
 
+def test_tables_are_no_part_of_what_is_measured() -> None:
+    kept, packed = config().decompose, config(decompose={"embeddings": "int8"}).decompose
+    assert kept.measured() == packed.measured()
+    assert set(kept.measured()) == {
+        *("method", "metric", "loss_scale", "rounding", "damping", "grids", "bits", "block_sizes", "ranks"),
+        *("scale_bits", "scale_dtypes", "superblocks", "factor_dtype", "table", "table_outputs", "start", "iterations"),
+    }
+    assert (kept.tables(), packed.tables()) == ({}, {"embeddings": "int8"})
+
+
 def test_defaults_of_the_methods() -> None:
     ours, published = config().decompose, config(decompose={"method": "lq"}).decompose
     assert (ours.metric, ours.rounding, ours.patience) == ("covariance", "feedback", 2)

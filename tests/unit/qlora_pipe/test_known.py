@@ -106,6 +106,40 @@ def test_a_budget_in_bytes_is_of_the_whole_file(tiny: Architecture) -> None:
     assert abs(fixed_bytes(tiny, halves, configure()) - (fixed - saved)) < 24 * len(halves)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_packed_tables_are_what_a_budget_in_bytes_counts(tied: bool) -> None:
+    architecture = from_config(TINY | {"tie_word_embeddings": tied})
+    kept, packed = ({"decompose": {"embeddings": value}} for value in ("keep", "int8"))
+    # Per table: fp32 weights before; codes, a float16 scale for each row of 64 and 256 levels after.
+    saved = (1 if tied else 2) * (260 * 64 * 4 - (260 * 64 + 2 * 260 + 256 * 4))
+    before, after = (knowing(architecture, **change) for change in (kept, packed))
+    for stage in ("decomposed", "pruned"):
+        layouts_of = [getattr(known, stage)() for known in (before, after)]
+        found = [layouts.tensor_bytes(layout) for layout in layouts_of]
+        assert found[0] - found[1] == saved
+        linears = [layouts.linear_bytes(layout, architecture) for layout in layouts_of]
+        assert linears[0] == linears[1]
+    fixed = [fixed_bytes(architecture, {}, configure(**change)) for change in (kept, packed)]
+    # Entries of the header aside.
+    assert abs(fixed[0] - fixed[1] - saved) < 1000
+    assert set(after.tables()) == ({"model.embed_tokens"} if tied else {"model.embed_tokens", "lm_head"})
+    assert set(after.outer()) & set(architecture.others()) == set(architecture.others()) - {
+        f"{name}.weight" for name in after.tables()
+    }
+    assert before.outer() == layouts.others(architecture, {})
+    assert after.integers() == before.integers()
+
+
+@pytest.mark.parametrize(
+    ("hidden", "block"), [(64, 64), (576, 96), (2048, 128), (960, 120), (50, 50), (8, 8), (131, 131), (2 * 131, 262)]
+)
+def test_blocks_of_a_table_divide_the_hidden_axis(hidden: int, block: int) -> None:
+    architecture = from_config(TINY | {"hidden_size": hidden, "head_dim": 16})
+    shape = layouts.tables(architecture, "int8")["model.embed_tokens"]
+    assert (shape.in_features, shape.out_features, shape.transposed) == (hidden, 260, False)
+    assert shape.choice == Choice("int", 8, block, 0, 16, "float16")
+
+
 NARROW = TINY | {"hidden_size": 16, "intermediate_size": 48, "head_dim": 4, "num_hidden_layers": 30}
 SHARDED = TINY | {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 33, "num_attention_heads": 64}
 
@@ -113,12 +147,14 @@ SHARDED = TINY | {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_l
 @pytest.mark.parametrize("sizes", [TINY, NARROW, SHARDED])
 @pytest.mark.parametrize("bits", [(2, 3, 4), (3, 4), (2, 8)])
 @pytest.mark.parametrize("grids", [("nf",), ("nf", "uint"), ("int", "lloyd"), ("int", "uint")])
+@pytest.mark.parametrize("embeddings", ["keep", "int8"])
 def test_a_budget_in_bytes_leaves_room_for_the_longest_header(
-    sizes: dict[str, Any], bits: tuple[int, ...], grids: tuple[str, ...]
+    sizes: dict[str, Any], bits: tuple[int, ...], grids: tuple[str, ...], embeddings: str
 ) -> None:
     """Whatever is chosen, all but the linear maps takes at most the fixed bytes; not much less either."""
     architecture = from_config(sizes)
-    config = configure(decompose={"grids": grids, "bits": bits, "block_sizes": (16, 32, 64), "ranks": (0, 3)})
+    settings = {"grids": grids, "bits": bits, "block_sizes": (16, 32, 64), "ranks": (0, 3), "embeddings": embeddings}
+    config = configure(decompose=settings)
     fixed = fixed_bytes(architecture, {}, config)
     uniform = [
         dict.fromkeys((name for _, _, name in architecture.linears()), choice)
@@ -126,7 +162,7 @@ def test_a_budget_in_bytes_leaves_room_for_the_longest_header(
     ]
     spare = []
     for allocation in uniform + [random_allocation(architecture, config, seed) for seed in range(10)]:
-        tensors = layouts.decomposed(architecture, {}, allocation)
+        tensors = layouts.decomposed(architecture, {}, allocation, embeddings)
         spare.append(fixed - sum(folder_files(tensors).values()) + layouts.linear_bytes(tensors, architecture))
     assert min(spare) >= 0
     # 60 bytes of a tensor's entry in each of header and index; grids may differ in two tensors of each map.
