@@ -12,13 +12,14 @@ from prune.slice import slice_bias, slice_rows_or_columns
 from qlora_pipe.architectures import HEAD, Architecture, linear_name
 from qlora_pipe.artifacts.tensors import TensorReader
 from qlora_pipe.hf.layers import LayerStream
-from qlora_pipe.hf.model import AdaptedLinear, LinearOf, Model, build, dense_linear, load_config
+from qlora_pipe.hf.model import AdaptedLinear, LinearOf, Model, TensorOf, build, dense_linear, load_config
 from qlora_pipe.stages.base import Context
 from qlora_pipe.stages.packing import read_buffers, read_factors, read_packed, read_table
 from quant.fakequant import L4QLinear
 from quant.grid import dequantize, to_signed
 from quant.linear import PackedLinear
 from quant.pack import unpack
+from quant.storage import PackedShape
 from quant.tunable import TunableLinear
 
 Wrap = Callable[[int, str, str, nn.Module], nn.Module]
@@ -157,9 +158,27 @@ def _layers(context: Context, linear: LinearOf, reader: TensorReader) -> LayerSt
         load_config(context.base),
         context.known.architecture,
         linear,
-        lambda name: reader.read_float(name, context.dtype),
+        _other(context, reader),
         device=context.config.device,
     )
+
+
+def _tables(context: Context, reader: TensorReader) -> dict[str, PackedShape]:
+    """Embedding and head that `reader` has packed."""
+    return {name: shape for name, shape in context.known.tables().items() if f"{name}.codes" in reader}
+
+
+def _other(context: Context, reader: TensorReader) -> TensorOf:
+    """Tensors beside linear maps in the compute dtype, packed tables made dense."""
+    tables = _tables(context, reader)
+
+    def other(name: str) -> Tensor:
+        module = name.removesuffix(".weight")
+        if module in tables:
+            return read_packed(reader.read, module, tables[module]).dequantized().to(context.dtype)
+        return reader.read_float(name, context.dtype)
+
+    return other
 
 
 def _from_packed(context: Context, stage: str, architecture: Architecture, wrap: Wrap | None, *, dense: bool) -> Model:
@@ -186,19 +205,12 @@ def _build(
 ) -> Model:
     """Tables that `reader` has packed stay so, or are made `dense` one after the other."""
     config: dict[str, Any] = load_config(context.base)
-    tables = {name: shape for name, shape in context.known.tables().items() if f"{name}.codes" in reader}
+    tables = {} if dense else _tables(context, reader)
 
     def placed(layer: int, role: str, name: str) -> nn.Module:
         module = linear(layer, role, name)
         return wrap(layer, role, name, module) if wrap else module
 
-    def other(name: str) -> Tensor:
-        module = name.removesuffix(".weight")
-        if module in tables:
-            return read_packed(reader.read, module, tables[module]).dequantized().to(context.dtype)
-        return reader.read_float(name, context.dtype)
-
-    packed = (
-        {} if dense else {name: partial(read_table, reader.read, name, tables[name], context.dtype) for name in tables}
-    )
+    packed = {name: partial(read_table, reader.read, name, shape, context.dtype) for name, shape in tables.items()}
+    other = _other(context, reader)
     return build(config, architecture, placed, other, device=context.config.device, packed=packed)

@@ -105,7 +105,7 @@ def test_models_are_packed_where_memory_counts_and_dense_elsewhere(finished: Pat
     seen = context(finished)
     small = pruned_model(seen, dense=False)
     heads = {"tied": TiedHead, "untied": PackedLinear}
-    for model in (small, tunable_model(seen)):
+    for model in (small, tunable_model(seen, seen.reader("decompose").read)):
         assert isinstance(model.get_input_embeddings(), PackedEmbedding)
         assert isinstance(model.get_output_embeddings(), heads["untied" if HEAD in seen.known.tables() else "tied"])
     # No adapter for the head.
