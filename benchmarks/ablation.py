@@ -25,6 +25,7 @@ from qlora_pipe import datasets
 from qlora_pipe.hf.tokens import Row as Tokens
 
 NEAREST = setting("decompose", rounding="nearest")
+REFINE = {"enabled": True, "length": 256}
 
 # (with, without) as overrides of the defaults, by what differs.
 PIECES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -33,10 +34,13 @@ PIECES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "metric: covariance / none, nearest": (NEAREST, setting("decompose", metric="none")),
     "metric: fisher / none, nearest": (setting("decompose", metric="fisher"), setting("decompose", metric="none")),
     "feedback / nearest": ((), NEAREST),
+    "scale search / none": ((), setting("decompose", scale_search=False)),
     "iterations: 4 / 1": (setting("decompose", iterations=4), setting("decompose", iterations=1)),
     "ranks allocated / 0": ((), setting("decompose", ranks=[0])),
     "loss scale / none": ((), setting("decompose", loss_scale=False)),
     "token weighting: gradient / none": ((), setting("calibrate", weighting="none")),
+    "refine, 48 steps end to end / none": (setting("refine", **REFINE, steps=48), ()),
+    "refine, 16 rows by blocks / none": (setting("refine", **REFINE, block_rows=16, steps=0), ()),
 }
 UNIFORM = "allocated / uniform, equal bytes"
 

@@ -70,7 +70,7 @@ class Matrices:
         moments, found = Moments(self.context), {}
         for number, layer, role, name in self.places:
             choices = self.choices[name]
-            losses = error_table(
+            entries = error_table(
                 self.context.base_reader.read_float(f"{name}.weight"),
                 choices,
                 generator=torch.Generator().manual_seed(seed_of(self.context, number)),
@@ -78,8 +78,9 @@ class Matrices:
                 passing=moments.passing(layer, role, choices),
                 transposed=PRUNED_AXIS[role] == "columns",
                 outputs=self.settings.table_outputs,
+                multiples=self.settings.multiples,
             )
-            found[name] = dict(zip(choices, losses, strict=True))
+            found[name] = {choice: entry.loss for choice, entry in zip(choices, entries, strict=True)}
         return found
 
     def decomposed(self, choices: Mapping[str, Sequence[Choice]], made: Context | None = None) -> Losses:
@@ -96,6 +97,7 @@ class Matrices:
                 transposed=PRUNED_AXIS[role] == "columns",
                 max_iterations=made.config.decompose.iterations,
                 patience=made.config.decompose.patience,
+                multiples=made.config.decompose.multiples,
             )
             found[name] = dict(zip(choices[name], losses, strict=True))
         return found
@@ -125,7 +127,7 @@ def measure(arguments: argparse.Namespace) -> Iterator[Row]:
     """Time, then the loss at each budget."""
     subject, short = SUBJECTS[arguments.model], arguments.short
     few = {"bits": [2, 3], "block_sizes": [32, 64], "ranks": list(subject.ranks or (0, 16))[:2]} if short else {}
-    lq = {"method": "lq", "metric": "fisher", "rounding": "nearest", "iterations": 100}
+    lq = {"method": "lq", "metric": "fisher", "rounding": "nearest", "scale_search": False, "iterations": 100}
     config = settings(subject, *setting("decompose", **few), sequences=arguments.calibration)
     published = config.model_copy(update={"decompose": config.decompose.model_copy(update=lq)})
     artifacts = compile_model(config, Reporter(), until="calibrate")

@@ -1,6 +1,7 @@
 """Between the error table, the solver and allocation.json: what is asked, what is recorded, and its re-check."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ from solver import CertificateError, Item, Problem, Solution, check
 from solver import Choice as Option
 
 Table = Mapping[str, Sequence[Mapping[str, Any]]]
-"""Module name to rows; a row holds the fields of a Choice, its `bytes` and its `loss`."""
+"""Module name to rows; a row holds the fields of a Choice, its `bytes`, its `loss` and the `error` of that."""
 
 
 def read_allocation(body: Mapping[str, Any]) -> dict[str, Choice]:
@@ -40,8 +41,12 @@ def record(
     """The body of allocation.json: together with the table enough to check every statement in it.
 
     `fixed` are the matrices to which rules and ties leave one configuration, `floored` the least bits of those
-    that a rule with min_bits is for.
+    that a rule with min_bits is for, `loss_error` the standard error of the loss, as far as the table samples outputs.
     """
+    chosen = {
+        name: next(row for row in rows if Choice.from_json(row).name == solution.selection[name])
+        for name, rows in table.items()
+    }
     floored: dict[str, int] = {}
     for rule, names in zip(rules, narrowed.matched, strict=True):
         if rule.min_bits is not None:
@@ -50,6 +55,7 @@ def record(
         "budget_bytes": problem.budget,
         "bytes": solution.cost,
         "loss": solution.loss,
+        "loss_error": math.hypot(*(row["error"] for row in chosen.values())),
         "bound": solution.bound,
         "gap": solution.gap,
         "multiplier": solution.multiplier,
@@ -62,10 +68,7 @@ def record(
         ],
         "fixed": [name for name, left in narrowed.choices.items() if len(left) == 1 < len(table[name])],
         "floored": floored,
-        "choices": {
-            name: next(row for row in rows if Choice.from_json(row).name == solution.selection[name])
-            for name, rows in table.items()
-        },
+        "choices": chosen,
     }
 
 

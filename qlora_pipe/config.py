@@ -127,7 +127,7 @@ class Refine(Optimisation):
     """Scales, levels and low-rank factors tuned to the original's predictions on calibration text, codes fixed."""
 
     enabled: bool = Field(False, description="true: tune them; for the end-to-end part both models are in memory")
-    block_rows: Count = Field(32, description="calibration rows on which block after block is tuned first; 0: none")
+    block_rows: Count = Field(0, description="calibration rows on which block after block is tuned first; 0: none")
     block_epochs: Positive = Field(2, description="times that a block sees its rows")
     block_rate: Rate = Field(1e-3, description="peak relative change in a step of a block")
     learning_rate: Rate = Field(3e-4, description="peak relative change in a step of the end-to-end part")

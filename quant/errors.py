@@ -27,6 +27,14 @@ class Sample:
     weight: Tensor
 
 
+@dataclass(frozen=True)
+class Estimate:
+    """An estimated loss, and its standard error from having seen a sample of the outputs only: 0 if it was all."""
+
+    loss: float
+    error: float
+
+
 @torch.no_grad()
 def sample_outputs(weight: Tensor, metric: Metric, strip: int, count: int, generator: torch.Generator) -> Sample:
     """About `count` outputs of `weight` [m, n], in strips of `strip` neighbours, which every block of the choices must
@@ -63,7 +71,7 @@ def error_table(
     transposed: bool = False,
     outputs: int | None = None,
     multiples: Sequence[float] = UNSEARCHED,
-) -> list[float]:
+) -> list[Estimate]:
     """Estimated loss of every one of `choices` on fp32 `weight` [out, in], in order.
 
     One factorisation serves all: it is made at the largest rank and cut for the others, since its directions are
@@ -89,11 +97,25 @@ def error_table(
         remainder = remainders[key]
         error = remainder - _nearest(remainder, choice, transposed, multiples)
         if passing is None:
-            found.append(Metric(rows.sqrt(), metric.inputs, metric.covariance).loss(error))
+            by_output = Metric(rows.sqrt(), metric.inputs, metric.covariance).by_output(error)
         else:
             cost = passing[None if transposed else choice.block_size].column_cost
-            found.append(float(rows.double() @ (error.double().square() @ cost.double())))
+            by_output = rows.double() * (error.double().square() @ cost.double())
+        found.append(_estimate(by_output.view(-1, strip).sum(dim=1), sample.weight.view(-1, strip)[:, 0]))
     return found
+
+
+def _estimate(losses: Tensor, stands_for: Tensor) -> Estimate:
+    """From what each strip adds to the loss, counted as often as it stands for; those that stand for themselves alone
+    are certain. One drawn strip tells nothing of its error, which is then taken to be the loss."""
+    loss = float(losses.sum().clamp(min=0))
+    drawn = losses[stands_for > 1]
+    if not len(drawn):
+        return Estimate(loss, 0.0)
+    if len(drawn) == 1:
+        return Estimate(loss, loss)
+    left_out = 1 - 1 / float(stands_for.amax())
+    return Estimate(loss, (len(drawn) * float(drawn.var()) * left_out) ** 0.5)
 
 
 def full_table(

@@ -44,9 +44,14 @@ class Metric:
             raise QuantError("a covariance cannot change sides")
         return Metric(self.inputs, self.outputs)
 
-    @torch.no_grad()
     def loss(self, error: Tensor) -> float:
-        """``sum_i outputs_i^2 (E H E^T)_ii`` of an error [m, n] in float64; H is diag(inputs^2) without a covariance.
+        """The sum of `by_output`, which see. Rounding in its fp32 product can bring a tiny loss below zero, which is 0
+        then; NaN stays."""
+        return float(self.by_output(error).sum().clamp(min=0))
+
+    @torch.no_grad()
+    def by_output(self, error: Tensor) -> Tensor:
+        """``outputs_i^2 (E H E^T)_ii`` of an error [m, n]: float64 [m]; H is diag(inputs^2) without a covariance.
 
         Peak: a few MB, or twice `error` with a covariance. Raises ShapeError when a weight has another length.
         """
@@ -60,8 +65,7 @@ class Metric:
         else:
             columns = _root(self.inputs, error, n).square()
             by_row = [error[i : i + step].double().square() @ columns for i in range(0, m, step)]
-        # Rounding in the fp32 product can bring a tiny loss below zero; NaN stays.
-        return float((torch.cat(by_row) @ rows).clamp(min=0))
+        return torch.cat(by_row) * rows
 
     @torch.no_grad()
     def fit(self, matrix: Tensor, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -23,7 +23,7 @@ def run(context: Context) -> None:
 
 STAGE = Stage(
     "allocate",
-    2,
+    3,
     ("score",),
     lambda config: (
         config.decompose.model_dump(mode="json", include={"budget", "ties", "rules", "time_limit"}, exclude_none=True)

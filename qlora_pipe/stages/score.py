@@ -13,7 +13,7 @@ from qlora_pipe.hf import ranks
 from qlora_pipe.known import choices_for
 from qlora_pipe.stages.base import Context, Stage
 from qlora_pipe.stages.moments import Moments
-from quant.errors import error_table, full_table
+from quant.errors import Estimate, error_table, full_table
 from quant.exceptions import QuantError
 from quant.storage import Choice
 
@@ -63,21 +63,21 @@ def _rows(context: Context, moments: Moments, matrix: Matrix) -> Entry:
     _, (layer, role, name) = matrix
     choices = choices_for(architecture, role, layer, context.config)
     sizes = [layouts.packed_bytes(layouts.packed_shape(architecture, layer, role, choice)) for choice in choices]
-    losses = _losses(context, moments, matrix, choices)
+    estimates = _estimates(context, moments, matrix, choices)
     return name, [
-        choice.to_json() | {"bytes": size, "loss": loss}
-        for choice, size, loss in zip(choices, sizes, losses, strict=True)
+        choice.to_json() | {"bytes": size, "loss": estimate.loss, "error": estimate.error}
+        for choice, size, estimate in zip(choices, sizes, estimates, strict=True)
     ]
 
 
-def _losses(context: Context, moments: Moments, matrix: Matrix, choices: list[Choice]) -> list[float]:
+def _estimates(context: Context, moments: Moments, matrix: Matrix, choices: list[Choice]) -> list[Estimate]:
     number, (layer, role, name) = matrix
     settings, seed = context.config.decompose, seed_of(context, number)
     weight = context.base_reader.read_float(f"{name}.weight")
     metric, passing = moments.metric(layer, role), moments.passing(layer, role, choices)
     transposed = PRUNED_AXIS[role] == "columns"
     if settings.table == "full":
-        return full_table(
+        losses = full_table(
             weight,
             choices,
             generator_seed=seed,
@@ -89,6 +89,7 @@ def _losses(context: Context, moments: Moments, matrix: Matrix, choices: list[Ch
             quantize_first=settings.start == "quantize",
             multiples=settings.multiples,
         )
+        return [Estimate(loss, 0.0) for loss in losses]
     return error_table(
         weight,
         choices,
@@ -114,7 +115,7 @@ def seed_of(context: Context, number: int) -> int:
 
 STAGE = Stage(
     "score",
-    3,
+    4,
     ("source", "calibrate"),
     lambda config: {"seed": config.seed} | config.decompose.measured(),
     run,

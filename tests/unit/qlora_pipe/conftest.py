@@ -126,7 +126,7 @@ class RunBuilder:
             choice = self.known.allocation[name]
             shape = layouts.packed_shape(self.known.architecture, layer, role, choice)
             loss = 0.01 * (number + 1) / choice.bits**2
-            found[name] = choice.to_json() | {"bytes": layouts.packed_bytes(shape), "loss": loss}
+            found[name] = choice.to_json() | {"bytes": layouts.packed_bytes(shape), "loss": loss, "error": loss / 50}
         return found
 
     def _score(self, out: Path) -> None:
@@ -140,6 +140,7 @@ class RunBuilder:
             "bytes": cost,
             "bits_per_weight": 8 * cost / self.known.architecture.linear_weights(),
             "loss": loss,
+            "loss_error": math.hypot(*(row["error"] for row in rows.values())),
             "bound": loss,
             "gap": 0.0,
             "multiplier": 0.0,

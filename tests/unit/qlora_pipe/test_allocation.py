@@ -37,7 +37,11 @@ def table(seed: int = 0) -> dict[str, list[dict[str, Any]]]:
             scale = 10 ** chooser.uniform(-1, 1)
             found[linear_name(layer, role)] = [
                 Choice("nf", bits, block, 0).to_json()
-                | {"bytes": 100 * bits + 3200 // block, "loss": scale * chooser.uniform(0.8, 1.2) * 4.0**-bits}
+                | {
+                    "bytes": 100 * bits + 3200 // block,
+                    "loss": scale * chooser.uniform(0.8, 1.2) * 4.0**-bits,
+                    "error": 0.01 * scale * 4.0**-bits,
+                }
                 for bits in (2, 3, 4)
                 for block in (32, 64)
             ]
@@ -116,6 +120,7 @@ CORRUPTIONS: dict[str, tuple[bool, Callable[[dict[str, Any], Any], None], str]] 
     "budget": (True, lambda body, rows: body.update(budget_bytes=body["bytes"] - 1), "over the budget"),
     "loss": (True, rescale("loss", 1 + 1e-6), "the selection loses"),
     "forged loss": (True, forge_loss, "the selection loses"),
+    "loss error": (True, rescale("loss_error", 0.5), "loss_error does not follow"),
     "claimed optimal": (True, claim_optimal, "not optimal: another choice of .*layers.0.self_attn.o_proj"),
     "bound": (False, rescale("bound", 0.999), "the bound is"),
     "bound up": (False, rescale("bound", 1.001), "the bound is"),

@@ -1,5 +1,6 @@
 """Refining: what moves, what stays, that it helps, and who reads it."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -97,3 +98,19 @@ def test_refining_is_left_out_unless_it_is_asked_for(config: Path) -> None:
         load(config, ("run=" + str(config.parent / "plain"),)), Reporter(json_lines=True), until="refine"
     )
     assert [path.name for path in made["refine"].folder.iterdir() if path.name != "manifest.json"] == ["skipped.json"]
+
+
+def test_block_by_block_alone_and_before_end_to_end(config: Path) -> None:
+    folder = config.parent
+    blocks = (*REFINE, "refine.block_rows=8", "refine.block_rate=0.01")
+    for name, settings, parts in (
+        ("blocks", (*blocks, "refine.steps=0"), {"blocks"}),
+        ("both", blocks, {"blocks", "steps"}),
+    ):
+        overrides = (*settings, f"run={folder / name}")
+        made = compile_model(load(config, overrides), Reporter(json_lines=True), until="refine")
+        history = json.loads((made["refine"].folder / "history.json").read_text())
+        assert history.keys() == parts
+        assert all(entry["after"] < entry["before"] for entry in history["blocks"])
+        before = divergence(config, made, *overrides, "refine.enabled=false")
+        assert 0 < divergence(config, made, *overrides) < 0.9 * before

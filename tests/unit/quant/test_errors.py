@@ -38,7 +38,7 @@ def _metric(kind, rows=64, columns=96):
 
 
 def _table(choices=CHOICES, seed=0, **settings):
-    return error_table(_weight(), choices, generator=_generator(seed), **settings)
+    return [entry.loss for entry in error_table(_weight(), choices, generator=_generator(seed), **settings)]
 
 
 @BOTH
@@ -134,17 +134,27 @@ def test_every_field_of_a_choice_counts(field, value):
 
 @BOTH
 def test_a_sample_is_right_on_average(transposed):
-    """Over 200 seeds the mean is within four of its standard errors; it varies, and not too much."""
+    """Over 200 seeds the mean is within four of its standard errors; it varies as much as each draw says it does."""
     weight, metric = _weight(192, 64), _metric("fisher", 192, 64)
     choice = Choice("nf", 3, 16, 0, 32, "float32")
     settings = {"metric": metric, "transposed": transposed}
     (exact,) = error_table(weight, [choice], generator=_generator(), **settings)
-    found = [
+    assert exact.error == 0
+    entries = [
         error_table(weight, [choice], generator=_generator(seed), outputs=64, **settings)[0] for seed in range(200)
     ]
-    error = statistics.stdev(found) / len(found) ** 0.5
-    assert 0 < error < 0.02 * exact
-    assert abs(statistics.fmean(found) - exact) < 4 * error
+    found = [entry.loss for entry in entries]
+    spread = statistics.stdev(found)
+    error = spread / len(found) ** 0.5
+    assert 0 < error < 0.02 * exact.loss
+    assert abs(statistics.fmean(found) - exact.loss) < 4 * error
+    # The spread of 200 draws is known to 5 %, the mean of their own estimates better.
+    assert statistics.fmean(entry.error**2 for entry in entries) ** 0.5 == pytest.approx(spread, rel=0.2)
+
+
+def test_one_drawn_strip_says_nothing_of_its_error():
+    (entry,) = error_table(_weight(), PLAIN[:1], generator=_generator(), outputs=2)
+    assert entry.error == entry.loss > 0
 
 
 @pytest.mark.parametrize("strip", [1, 4])
