@@ -136,7 +136,17 @@ def test_tables_are_no_part_of_what_is_measured() -> None:
     assert kept.measured() == packed.measured()
     assert set(kept.measured()) == {
         *("method", "metric", "loss_scale", "rounding", "damping", "grids", "bits", "block_sizes", "ranks"),
-        *("scale_bits", "scale_dtypes", "superblocks", "factor_dtype", "table", "table_outputs", "start", "iterations"),
+        *(
+            "scale_bits",
+            "scale_dtypes",
+            "superblocks",
+            "factor_dtype",
+            "scale_search",
+            "table",
+            "table_outputs",
+            "start",
+        ),
+        "iterations",
     }
     assert (kept.tables(), packed.tables()) == ({}, {"embeddings": "int8"})
 
@@ -145,6 +155,7 @@ def test_defaults_of_the_methods() -> None:
     ours, published = config().decompose, config(decompose={"method": "lq"}).decompose
     assert (ours.metric, ours.rounding, ours.patience) == ("covariance", "feedback", 2)
     assert (published.metric, published.rounding, published.patience) == ("fisher", "nearest", None)
+    assert (ours.multiples, published.multiples) == ((1.0, 0.9, 0.8, 0.7, 0.6), (1.0,))
     assert (published.ranks, published.iterations, published.table) == ((64,), 100, "full")
     named = config(decompose={"method": "lq", "metric": "none", "iterations": 7}).decompose
     assert (named.metric, named.iterations, named.rounding) == ("none", 7, "nearest")

@@ -253,6 +253,6 @@ def test_words_that_look_like_values(path: Path, word: str) -> None:
 
 def test_every_default_is_written_out(path: Path) -> None:
     text = resolved_yaml(load(path))
-    assert "table_outputs: 512\n" in text
+    assert "table_outputs: 128\n" in text
     assert "run: runs/my\n" in text
     assert "&" not in text
