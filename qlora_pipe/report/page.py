@@ -75,11 +75,12 @@ def tiles(facts: Facts) -> list[tuple[str, str, str]]:
         return [*found, ("budget", budget, "not allocated yet"), *_adapter_tile(facts)]
     used = allocation["bytes"] / allocation["budget_bytes"]
     proof = "proved optimal" if allocation["optimal"] else f"within {100 * allocation['gap']:.3g} %"
+    loss = f"{allocation['loss']:.6g} (estimated to +-{allocation['loss_error']:.2g})"
     return [
         *found,
         ("budget", budget, f"{format_bytes(allocation['budget_bytes'])} for the linear maps"),
         ("achieved", f"{allocation['bits_per_weight']:.3f} bits", f"per weight; {100 * used:.2f} % of the budget used"),
-        ("certificate", proof, f"loss {allocation['loss']:.6g}, no choice can go below {allocation['bound']:.6g}"),
+        ("certificate", proof, f"loss {loss}, no choice can go below {allocation['bound']:.6g}"),
         *_adapter_tile(facts),
     ]
 
