@@ -102,10 +102,9 @@ def test_the_sweeps_find_what_autograd_sees_in_the_whole_model(
             assert covariance.top_share() == pytest.approx(heaviest / expected.trace().item(), rel=1e-4)
 
 
-def test_rows_of_one_length_go_together_up_to_a_number_of_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(qlora_pipe.hf.calibration, "CALIBRATION_TOKENS", 30)
+def test_rows_of_one_length_go_together_up_to_a_number_of_tokens() -> None:
     rows = byte_rows(["x" * size for size in (10, 20, 10, 40, 10, 10)])
-    found = batches_of(rows, "cpu")
+    found = batches_of(rows, "cpu", 30)
     assert [tuple(batch.inputs["input_ids"].shape) for batch in found] == [(1, 40), (1, 20), (3, 10), (1, 10)]
     assert [(batch.tokens.start, batch.tokens.stop) for batch in found] == [(0, 40), (40, 60), (60, 90), (90, 100)]
     assert all(batch.inputs["attention_mask"].all() for batch in found)
