@@ -79,7 +79,9 @@ def error_table(
     outputs (None: all). With `passing` (by the columns that stay together, as `feedback` takes them) the squared errors
     of a column are counted as `Feedback.column_cost` says: that is the loss of compensated rounding, but for the
     correction of later columns, which does not change the size of their errors much. `full_table` is what it
-    estimates. Peak: four fp32 copies of `weight`. Raises as `decompose`.
+    estimates. What alternation gains is not seen, so ranks look dearer than they are: on the first layer of SmolLM2,
+    at 3 bits, full over estimated is 0.39 at rank 16 and 0.52 at rank 0 for keys, 0.87 and 0.92 for the
+    gate. Peak: four fp32 copies of `weight`. Raises as `decompose`.
     """
     largest = max((choice.rank for choice in choices), default=0)
     left, right = metric.fit(weight, largest, generator)
