@@ -61,7 +61,7 @@ def test_sigkill_at_random_moments_changes_no_hash(tmp_path: Path, server: ForkS
 
     seed = random.randrange(2**32)
     moments = random.Random(seed)
-    killed, stages_reached = 0, set()
+    killed, finished, stages_reached = 0, 0, set()
     run = tmp_path / "killed"
     while killed < KILLS:
         process = server.Process(target=run_chain, args=(config, run))
@@ -77,7 +77,8 @@ def test_sigkill_at_random_moments_changes_no_hash(tmp_path: Path, server: ForkS
         else:
             assert process.exitcode == 0, f"seed {seed}"
             assert hashes(run) == expected, f"seed {seed}"
-            run = tmp_path / f"killed-{killed}"
+            finished += 1
+            run = tmp_path / f"killed-{finished}"
     last = server.Process(target=run_chain, args=(config, run))
     last.start()
     last.join()
