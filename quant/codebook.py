@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from quant.exceptions import NonFiniteError, QuantError, ShapeError
-from quant.storage import Choice
+from quant.storage import UNSEARCHED, Choice
 
 CODEBOOK_BITS = (2, 3, 4, 8)
 
@@ -51,7 +51,7 @@ def normal_float(bits: int) -> Tensor:
     return torch.tensor(_normal_float_levels(bits), dtype=torch.float32, device="cpu")
 
 
-def levels_of(choice: Choice, multiples: Sequence[float] = (1.0,)) -> Tensor:
+def levels_of(choice: Choice, multiples: Sequence[float] = UNSEARCHED) -> Tensor:
     """Levels that a choice stands for when the caller has none of their own: fp32 [2**bits], increasing, on the CPU.
 
     "nf": `normal_float`. "lloyd": `lloyd`, which depends on the `multiples` of a block's largest weight that are tried
@@ -67,7 +67,7 @@ def levels_of(choice: Choice, multiples: Sequence[float] = (1.0,)) -> Tensor:
 
 
 def lloyd(
-    bits: int, block_size: int, multiples: Sequence[float] = (1.0,), *, samples: int = 1 << 20, seed: int = 0
+    bits: int, block_size: int, multiples: Sequence[float] = UNSEARCHED, *, samples: int = 1 << 20, seed: int = 0
 ) -> Tensor:
     """Lloyd codebook of Gaussian weights divided by their block's weight of largest magnitude, sign included: fp32
     [2**bits], increasing, on the CPU. Level ``2**(bits-1) - 1`` is 0 and the last is +1, both exactly.
@@ -95,7 +95,7 @@ def lloyd(
 def _lloyd_levels(
     bits: int, block_size: int, multiples: tuple[float, ...], samples: int, seed: int
 ) -> tuple[float, ...]:
-    if multiples != (1.0,):
+    if multiples != UNSEARCHED:
         return _searched_levels(bits, block_size, multiples, samples, seed)
     generator = torch.Generator("cpu").manual_seed(seed)
     blocks = max(1, samples // block_size)
