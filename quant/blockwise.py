@@ -50,6 +50,9 @@ def quantize(
     check_weight(weight)
     choice.superblocks(*weight.shape)
     levels = levels_for(choice, levels, multiples).to(weight.device)
+    # The extremes carry any NaN or infinity and, unlike a mask, take no memory.
+    if not bool(torch.isfinite(torch.stack(torch.aminmax(weight))).all()):
+        raise NonFiniteError("weight holds NaN or infinity")
     scale, zero = best_scale(weight, choice, levels, multiples)
     stored = quantize_scales(scale, choice)
     return BlockQuantized(encode_block(weight, scales(stored, choice), levels, zero), levels, stored, zero)
@@ -113,12 +116,10 @@ def best_scale(
     Of `range_scale` times each of `multiples` it is the one whose nearest codes leave the least squared error, the
     earlier of equals: a smaller scale clips the largest weights and serves all others better. Range and scale shrink
     alike, so the zero point, 0 where the scale is, is that of the whole range. Peak: the result plus a few MB, or as
-    much as a row times `multiples` takes. Raises ShapeError when the blocks would be ragged, NonFiniteError for NaN or
-    infinity.
+    much as a row times `multiples` takes. NaN and infinity are the caller's to reject. Raises ShapeError when the
+    blocks would be ragged.
     """
     low, high = block_range(values, choice.block_size)
-    if not bool(torch.isfinite(low).all() and torch.isfinite(high).all()):
-        raise NonFiniteError("weight holds NaN or infinity")
     base, zero = range_scale(low, high, choice), None
     if choice.grid == "uint":
         zero = (-low.clamp(max=0) / _divisor(base)).round_().clamp_(0, 2**choice.bits - 1).to(torch.uint8)
