@@ -188,7 +188,8 @@ def compensated(
     """Error-compensated rounding of `weight` [out, in] one column at a time: before each, the columns still to come are
     those that minimise ``tr(E H E^T)`` given the errors so far, by solving for them (Optimal Brain Quantization).
 
-    Returns float64 (Q [out, in], error of each column in its turn [out, in], what a squared one costs [in]).
+    Returns float64 (Q [out, in], error of each column in its turn [out, in], and for an error of 1 in each what it
+    leaves in all columns [in, in]): W - Q is the product of the last two.
     """
     weight, hessian, size = weight.double(), covariance.double(), choice.block_size
     hessian = hessian + damping * hessian.diagonal().mean() * torch.eye(len(hessian))
@@ -199,7 +200,7 @@ def compensated(
     else:
         blocks = [sorted(key[start : start + size]) for start in range(0, len(key), size)]
         order = [index for block in sorted(blocks, key=lambda block: sum(k for k, _ in block)) for _, index in block]
-    result, errors, cost = torch.zeros_like(weight), torch.zeros_like(weight), torch.zeros_like(weight[0])
+    result, errors, left = torch.zeros_like(weight), torch.zeros_like(weight), torch.zeros_like(hessian)
     scale = zero = torch.zeros(0)
     for step, column in enumerate(order):
         fixed, rest = order[:step], order[step:]
@@ -213,8 +214,9 @@ def compensated(
         wide = [part.repeat_interleave(size) if transposed else part for part in (scale, zero)]
         ratio = torch.where(wide[0] != 0, now[:, 0] / wide[0], 0.0) + wide[1]
         result[:, column] = wide[0] * (levels.double()[encode(ratio, levels).long()] - wide[1])
-        errors[:, column], cost[column] = now[:, 0] - result[:, column], 1 / inverse[0, 0]
-    return result, errors, cost
+        errors[:, column] = now[:, 0] - result[:, column]
+        left[column, rest] = inverse[0] / inverse[0, 0]
+    return result, errors, left
 
 
 def _second_level(stored: Tensor, choice: Choice, least: float) -> Callable[[Any, Any], tuple[Tensor, Tensor]]:

@@ -36,19 +36,26 @@ class Feedback:
     """The order in which columns are rounded and how the error of each is passed on, for one input covariance.
 
     order: int64 [n], columns most important first; block: columns that stay together, or None. root: fp32 [n, n], upper
-    Cholesky factor of the inverse of the damped covariance in that order.
+    Cholesky factor of the inverse of the damped covariance in that order; damping: what was added to its diagonal.
     """
 
     order: Tensor
     root: Tensor
     block: int | None
+    damping: float
 
     @property
     def column_cost(self) -> Tensor:
         """fp32 [n]: what a squared rounding error of each column (in the matrix's own order) costs once all later
-        columns have made up for it: 1 / root_jj^2. Their weighted sum is the loss of GPTQ rounding exactly."""
+        columns have made up for it.
+
+        Rounding errors e leave W - Q = (e / diag(root)) root. Row j of root costs 1 under the damped covariance, thus 1
+        - damping |root_j|^2 under the covariance itself, so a column costs that over root_jj^2. The sum over columns is
+        the loss exactly if nothing is damped, and its mean over independent errors else.
+        """
         cost = torch.empty_like(self.root[0])
-        cost[self.order] = self.root.diagonal().square().reciprocal()
+        rows = self.root.double().square()
+        cost[self.order] = ((1 - self.damping * rows.sum(dim=1)).clamp(min=0) / rows.diagonal()).float()
         return cost
 
 
@@ -74,7 +81,8 @@ def feedback(covariance: Tensor, block: int | None, damping: float = 0.01) -> Fe
     backwards = order.flip(0)
     damped = covariance[backwards][:, backwards].double()
     mean = float(diagonal.mean())
-    damped.diagonal().add_(damping * mean if mean > 0 else 1.0)
+    added = damping * mean if mean > 0 else 1.0
+    damped.diagonal().add_(added)
     factor, failed = torch.linalg.cholesky_ex(damped)
     del damped
     if int(failed):
@@ -82,7 +90,7 @@ def feedback(covariance: Tensor, block: int | None, damping: float = 0.01) -> Fe
     inverse = torch.eye(n, dtype=torch.float64, device=covariance.device)
     torch.linalg.solve_triangular(factor, inverse, upper=False, out=inverse)
     del factor
-    return Feedback(order, inverse.float().flip(0, 1), block)
+    return Feedback(order, inverse.float().flip(0, 1), block, added)
 
 
 @torch.no_grad()

@@ -68,17 +68,33 @@ def test_equals_the_column_by_column_solution(grid, bits, stored, multiples, tra
     passing = _passing(covariance, transposed)
     found = quantize_compensated(weight, choice, passing, transposed=transposed, multiples=multiples)
     levels = levels_of(choice, multiples)
-    expected, errors, cost = reference.compensated(
+    expected, errors, left = reference.compensated(
         weight, choice, covariance, transposed=transposed, levels=levels, damping=0.01, multiples=multiples
     )
     torch.testing.assert_close(_rebuilt(found, choice, transposed).double(), expected, rtol=1e-4, atol=1e-6)
     assert int(found.codes.max()) < 2**bits
-    # The loss is the sum of what every column's own rounding error costs.
-    own_cost = _passing(covariance, transposed).column_cost
-    torch.testing.assert_close(own_cost.double(), cost, rtol=1e-5, atol=0)
-    error = weight - _rebuilt(found, choice, transposed)
-    total = (own_cost.double() * errors.square().sum(dim=0)).sum().item()
-    assert _loss(error, _damped(covariance)) == pytest.approx(total, rel=1e-4)
+    torch.testing.assert_close(weight - expected, errors @ left)
+
+
+@BOTH
+@pytest.mark.parametrize("damping", [0.0, 0.03, 1.0])
+def test_a_column_costs_what_its_error_leaves_behind(damping, transposed):
+    """Under the covariance that losses are measured with, not the damped one that errors are passed on with; with
+    nothing damped the costs of all columns add up to the loss."""
+    choice, weight, covariance = Choice("lloyd", 3, BLOCK, 0), _weight(), _covariance()
+    passing = _passing(covariance, transposed, damping)
+    _, errors, left = reference.compensated(
+        weight, choice, covariance, transposed=transposed, levels=levels_of(choice), damping=damping
+    )
+    cost = (left @ covariance.double() * left).sum(dim=1)
+    torch.testing.assert_close(passing.column_cost.double(), cost, rtol=1e-4, atol=0)
+    total = (passing.column_cost.double() * errors.square().sum(dim=0)).sum().item()
+    loss = _loss(
+        weight - _rebuilt(quantize_compensated(weight, choice, passing, transposed=transposed), choice, transposed),
+        covariance,
+    )
+    assert (loss == pytest.approx(total, rel=1e-3)) == (damping == 0)
+    assert loss == pytest.approx(total, rel=0.25)
 
 
 @BOTH
@@ -87,7 +103,7 @@ def test_many_columns_equal_the_column_by_column_solution(transposed):
     choice, weight, covariance = Choice("lloyd", 3, 16, 0), _weight(16, 272), _covariance(272, 400)
     passing = _passing(covariance, transposed, block=16)
     found = quantize_compensated(weight, choice, passing, transposed=transposed)
-    expected, _, _ = reference.compensated(
+    expected, *_ = reference.compensated(
         weight, choice, covariance, transposed=transposed, levels=levels_of(choice), damping=0.01
     )
     torch.testing.assert_close(_rebuilt(found, choice, transposed).double(), expected, rtol=1e-3, atol=1e-5)
@@ -208,13 +224,13 @@ def test_an_ill_conditioned_covariance_is_factored_in_float64():
     covariance[:, 5] *= 1e4
     damping = 1e-9
     passing = feedback(covariance, None, damping)
-    root = torch.linalg.cholesky(torch.linalg.inv(_damped(covariance, damping)[passing.order][:, passing.order]).mH)
-    expected = torch.empty(IN, dtype=torch.float64)
-    expected[passing.order] = 1 / root.mH.diagonal().square()
+    ordered = covariance.double()[passing.order][:, passing.order]
     hessian = _damped(covariance, damping)[passing.order][:, passing.order]
     for step in range(0, IN, 5):
-        exact = 1 / torch.linalg.inv(hessian[step:, step:])[0, 0]
-        assert passing.column_cost[passing.order[step]].item() == pytest.approx(exact.item(), rel=1e-4)
+        inverse = torch.linalg.inv(hessian[step:, step:])
+        left = inverse[0] / inverse[0, 0]
+        exact = (left @ ordered[step:, step:] @ left).item()
+        assert passing.column_cost[passing.order[step]].item() == pytest.approx(exact, rel=1e-4)
 
 
 @BOTH
