@@ -78,6 +78,7 @@ class Matrices:
                 passing=moments.passing(layer, role, choices),
                 transposed=PRUNED_AXIS[role] == "columns",
                 outputs=self.settings.table_outputs,
+                max_iterations=self.settings.iterations,
                 multiples=self.settings.multiples,
             )
             found[name] = {choice: entry.loss for choice, entry in zip(choices, entries, strict=True)}

@@ -122,7 +122,7 @@ def best_scale(
     low, high = block_range(values, choice.block_size)
     base, zero = range_scale(low, high, choice), None
     if choice.grid == "uint":
-        zero = (-low.clamp(max=0) / _divisor(base)).round_().clamp_(0, 2**choice.bits - 1).to(torch.uint8)
+        zero = (-low.clamp(max=0) / divisor(base)).round_().clamp_(0, 2**choice.bits - 1).to(torch.uint8)
     if tuple(multiples) == UNSEARCHED:
         return base, zero
     tried = torch.tensor(multiples, dtype=base.dtype, device=base.device).view(-1, 1, 1)
@@ -132,7 +132,7 @@ def best_scale(
     for start in range(0, rows, step):
         part = slice(start, start + step)
         scale = tried * base[part]
-        normalised = values[part].reshape(1, *scale.shape[1:], -1) / _divisor(scale).unsqueeze(-1)
+        normalised = values[part].reshape(1, *scale.shape[1:], -1) / divisor(scale).unsqueeze(-1)
         if zero is not None:
             normalised += zero[part].unsqueeze(-1)
         found = levels.index_select(0, encode(normalised, levels).view(-1).to(torch.int32)).view_as(normalised)
@@ -151,12 +151,12 @@ def encode_block(values: Tensor, scale: Tensor, levels: Tensor, zero: Tensor | N
     """
     rows, columns = values.shape
     _check_blocks(scale, values)
-    blocks, divisor = scale.shape[1], _divisor(scale).unsqueeze(-1)
+    blocks, divisors = scale.shape[1], divisor(scale).unsqueeze(-1)
     codes = torch.empty(rows, columns, dtype=torch.uint8, device=values.device)
     step = max(1, _CHUNK // columns)
     for start in range(0, rows, step):
         part = slice(start, start + step)
-        normalised = values[part].reshape(-1, blocks, columns // blocks) / divisor[part]
+        normalised = values[part].reshape(-1, blocks, columns // blocks) / divisors[part]
         if zero is not None:
             normalised += zero[part].unsqueeze(-1)
         codes[part] = encode(normalised.view(-1, columns), levels)
@@ -207,8 +207,8 @@ def _pair_index(count: int, device: torch.device) -> Tensor:
     return pairs.clamp_(max=count - 1).to(device)
 
 
-def _divisor(scale: Tensor) -> Tensor:
-    """x / inf = 0, which encodes as zero."""
+def divisor(scale: Tensor) -> Tensor:
+    """What weights of blocks with these scales are divided by: x / inf = 0, which encodes as zero."""
     return torch.where(scale == 0, float("inf"), scale)
 
 

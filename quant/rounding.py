@@ -15,8 +15,7 @@ from quant.blockwise import (
     best_scale,
     block_range,
     check_weight,
-    dequantize,
-    encode_block,
+    divisor,
     levels_for,
     range_scale,
 )
@@ -26,6 +25,9 @@ from quant.storage import UNSEARCHED, Choice
 
 # Columns whose corrections are applied one by one; the rest of the matrix gets them in one product afterwards.
 _LAZY = 128
+
+# Mean square over squared error of a column that rounds to itself; finite, so that solvers may invert it.
+_EXACT = 1e30
 
 # Scales grow while corrections accumulate: room above the largest first-level scale of a row.
 _HEADROOM = 1.25
@@ -57,6 +59,35 @@ class Feedback:
         rows = self.root.double().square()
         cost[self.order] = ((1 - self.damping * rows.sum(dim=1)).clamp(min=0) / rows.diagonal()).float()
         return cost
+
+    def chain(self) -> "Chain":
+        """How errors of columns make later ones larger. Peak: two fp32 copies of `root`."""
+        relative = self.root.triu(1).div_(self.root.diagonal()[:, None])
+        return Chain(self.order, relative.square_().T.neg_())
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Of a Feedback, in its `order`: minus what a squared error of each column adds to the mean squares of later ones,
+    fp32 [n, n], lower triangular; the diagonal is free."""
+
+    order: Tensor
+    passed_on: Tensor
+
+    def growth(self, energy: Tensor, nearest: Tensor) -> Tensor:
+        """How much larger squared errors are of columns that carry corrections: fp32 [n], 1 or more.
+
+        `energy` and `nearest`, fp32 [n]: sums of squares of the columns as they are, and of their errors if they are
+        rounded so. If a corrected column is rounded as coarsely as it would have been, and errors are independent, the
+        errors e solve e_j = (nearest_j / energy_j) (energy_j + sum over earlier i of what e_i adds): a triangular
+        system of positive terms.
+        """
+        energy, nearest = energy[self.order], nearest[self.order]
+        self.passed_on.diagonal().copy_((energy / nearest).nan_to_num_(_EXACT).clamp_(max=_EXACT))
+        solved = torch.linalg.solve_triangular(self.passed_on, energy[:, None], upper=False)[:, 0]
+        found = torch.empty_like(energy)
+        found[self.order] = torch.where(nearest > 0, solved / nearest, 1.0)
+        return found
 
 
 @torch.no_grad()
@@ -148,37 +179,49 @@ class _Rounder:
         self.stored = quantize_scales(_HEADROOM * range_scale(low, high, choice), choice, least)
         self.codes = torch.empty(stored_weight.shape, dtype=torch.uint8, device=stored_weight.device)
         self.zero = torch.empty_like(low, dtype=torch.uint8) if choice.grid == "uint" else None
-        self._scale = low  # of the block being rounded
+        self._midpoints = (levels[1:] + levels[:-1]) / 2
+        self._scale = self._zero = low  # fp32 [rows], of the block being rounded
 
     def fix_scales(self, values: Tensor, block: int) -> None:
-        """Scales [rows, 1] of one block of columns, from its weights [rows, block_size] as they are now."""
+        """Scales of one block of columns, from its weights [rows, block_size] as they are now."""
         place = slice(block, block + 1)
         wanted, zero = best_scale(values, self.choice, self.levels, self.multiples)
         coded = encode_scale(wanted, self.stored, self.choice, place)
         self.stored.values[:, place] = coded
-        self._scale = decode_scale(coded, self.stored, self.choice, place)
+        self._scale = decode_scale(coded, self.stored, self.choice, place)[:, 0]
         if self.zero is not None and zero is not None:
-            self.zero[:, place] = zero
+            self.zero[:, place], self._zero = zero, zero[:, 0].float()
 
     def column(self, values: Tensor, column: int) -> Tensor:
         """Round one column [rows] of the block whose scales are fixed; what is stored for it, fp32 [rows]."""
-        place = column // self.choice.block_size
-        zero = None if self.zero is None else self.zero[:, place : place + 1]
-        codes = encode_block(values[:, None], self._scale, self.levels, zero)
-        self.codes[:, column] = codes[:, 0]
-        return dequantize(codes, self._scale, self.levels, zero)[:, 0]
+        codes, found = self._nearest(values, self._scale, self._zero)
+        self.codes[:, column] = codes
+        return found
 
     def row(self, values: Tensor, row: int) -> Tensor:
         """Round one stored row [columns], blocks along it; what is stored for it, fp32 [columns]."""
         stored = self._row_scales(row)
         wanted, zero = best_scale(values[None], self.choice, self.levels, self.multiples)
         coded = encode_scale(wanted, stored, self.choice)
-        scale = decode_scale(coded, stored, self.choice)
-        codes = encode_block(values[None], scale, self.levels, zero)
-        self.codes[row], self.stored.values[row] = codes[0], coded[0]
+        scale = decode_scale(coded, stored, self.choice).T
+        blocks = values.view(len(scale), -1)
+        codes, found = self._nearest(blocks, scale, scale if zero is None else zero.T.float())
+        self.codes[row], self.stored.values[row] = codes.view(-1), coded[0]
         if self.zero is not None and zero is not None:
             self.zero[row] = zero[0]
-        return dequantize(codes, scale, self.levels, zero)[0]
+        return found.view(-1)
+
+    def _nearest(self, values: Tensor, scale: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:
+        """What `encode_block` and `dequantize` find, without their preparations, which pay for a matrix only: codes
+        int32 and the fp32 values they stand for; `zero` counts on the grid "uint"."""
+        normalised = values / divisor(scale)
+        if self.zero is not None:
+            normalised += zero
+        codes = torch.bucketize(normalised, self._midpoints, out_int32=True)
+        found = self.levels.index_select(0, codes.view(-1)).view_as(values)
+        if self.zero is not None:
+            found -= zero
+        return codes, found.mul_(scale)
 
     def _row_scales(self, row: int) -> StoredScales:
         """The second level of one row, as if the row were the matrix."""

@@ -98,6 +98,8 @@ def _estimates(context: Context, moments: Moments, matrix: Matrix, choices: list
         passing=passing,
         transposed=transposed,
         outputs=settings.table_outputs,
+        max_iterations=settings.iterations,
+        quantize_first=settings.start == "quantize",
         multiples=settings.multiples,
     )
 
@@ -115,7 +117,7 @@ def seed_of(context: Context, number: int) -> int:
 
 STAGE = Stage(
     "score",
-    4,
+    5,
     ("source", "calibrate"),
     lambda config: {"seed": config.seed} | config.decompose.measured(),
     run,

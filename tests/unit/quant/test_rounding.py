@@ -98,6 +98,28 @@ def test_a_column_costs_what_its_error_leaves_behind(damping, transposed):
 
 
 @BOTH
+def test_errors_grow_by_what_earlier_ones_pass_on(transposed):
+    """One column after another, in float64; a column that is represented exactly, or has no weights, has no errors."""
+    choice, weight, covariance = Choice("lloyd", 2, BLOCK, 0), _weight(), _covariance()
+    _, _, left = reference.compensated(
+        weight, choice, covariance, transposed=transposed, levels=levels_of(choice), damping=0.01
+    )
+    passing = _passing(covariance, transposed)
+    energy = weight.square().sum(dim=0)
+    nearest = 0.3 * energy * torch.rand(IN, generator=_generator(5))
+    energy[3], nearest[3], nearest[7] = 0, 0, 0
+    expected = torch.zeros(IN, dtype=torch.float64)
+    for column in passing.order.tolist():
+        if nearest[column]:
+            carried = energy[column] + sum(expected[i] * left[i, column] ** 2 for i in range(IN))
+            expected[column] = nearest[column] / energy[column] * carried
+    growth = passing.chain().growth(energy, nearest)
+    torch.testing.assert_close((growth * nearest).double(), expected, rtol=1e-4, atol=0)
+    assert growth[[3, 7]].tolist() == [1, 1]
+    assert growth.max() > 1.5
+
+
+@BOTH
 def test_many_columns_equal_the_column_by_column_solution(transposed):
     """More columns than are corrected one by one."""
     choice, weight, covariance = Choice("lloyd", 3, 16, 0), _weight(16, 272), _covariance(272, 400)
