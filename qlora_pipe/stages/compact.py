@@ -85,5 +85,10 @@ def compact_settings(config: Config) -> dict[str, Any]:
 
 
 STAGE = Stage(
-    "compact", 1, ("source", "prune", "train"), compact_settings, run, lambda config: {"task": config.data.task}
+    "compact",
+    1,
+    ("source", "select", "prune", "train"),
+    compact_settings,
+    run,
+    lambda config: {"task": config.data.task},
 )

@@ -125,7 +125,7 @@ def _verdict(report: dict[str, Any]) -> str:
 STAGE = Stage(
     "recover",
     1,
-    ("source", "allocate", "decompose", "refine", "prune", "train", "compact"),
+    ("source", "allocate", "decompose", "refine", "select", "prune", "train", "compact"),
     lambda config: (
         computing(config)
         | config.recover.model_dump(mode="json")
