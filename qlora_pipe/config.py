@@ -96,8 +96,8 @@ class Calibrate(Section):
 class Prune(Section):
     """Whole KV groups (with their query heads) and FFN channels."""
 
-    method: Literal["activation", "magnitude", "random"] = Field(
-        "activation", description="how groups are ranked; activation uses the calibration moments"
+    method: Literal["activation", "wanda", "flap", "taylor", "magnitude", "random"] = Field(
+        "activation", description="how groups are ranked; the first four use the calibration moments"
     )
     ratio: Fraction | None = Field(
         None,
@@ -121,7 +121,7 @@ class Prune(Section):
             if self.method in ("magnitude", "random"):
                 raise ValueError(
                     f"method: {self.method} gives scores that cannot be compared across layers, which widths: "
-                    "allocated does; choose activation, or widths: uniform"
+                    "allocated does; choose activation, wanda, flap or taylor, or widths: uniform"
                 )
         return self
 
