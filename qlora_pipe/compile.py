@@ -23,6 +23,7 @@ from qlora_pipe.meter import Meter
 from qlora_pipe.plan import check_memory, know, plan_known
 from qlora_pipe.sources import BASE_LINK, find_model, model_files
 from qlora_pipe.stages import (
+    align,
     allocate,
     calibrate,
     compact,
@@ -47,6 +48,7 @@ STAGES = (
     decompose.STAGE,
     refine.STAGE,
     prune.STAGE,
+    align.STAGE,
     train.STAGE,
     compact.STAGE,
     recover.STAGE,

@@ -75,9 +75,12 @@ def _work(stage: str, known: Known) -> _Work:
         return _Work(0, max(matrix, stream))
     if stage == "refine" and config.refine.enabled:
         return _Work(_refinement(known), stream)
+    compensation = layouts.tensor_bytes(known.compensation()) if config.align.enabled else 0
+    packed = layouts.tensor_bytes(known.pruned())
+    if stage == "align" and config.align.enabled:
+        return _Work(packed + _TRAINED_COPIES * compensation + _batch(known, config.align), stream)
     if stage == "train":
-        packed = layouts.tensor_bytes(known.pruned())
-        return _Work(packed + _TRAINED_COPIES * adapter + _batch(known, config.train), stream)
+        return _Work(packed + compensation + _TRAINED_COPIES * adapter + _batch(known, config.train), stream)
     if stage == "compact" and config.compact.enabled:
         steps = sum(spec.nbytes for name, spec in known.integers().items() if name.endswith(".scale"))
         trained = layouts.tensor_bytes(known.compact_adapter()) + steps

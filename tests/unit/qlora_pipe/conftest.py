@@ -31,11 +31,12 @@ INPUTS = {
     "decompose": ("source", "calibrate", "allocate"),
     "refine": ("source", "allocate", "decompose"),
     "prune": ("decompose", "refine", "allocate"),
-    "train": ("source", "allocate", "prune"),
-    "compact": ("source", "prune", "train"),
-    "recover": ("source", "allocate", "decompose", "refine", "prune", "train", "compact"),
-    "export": ("source", "allocate", "decompose", "refine", "prune", "train", "compact", "recover"),
-    "evaluate": ("source", "allocate", "decompose", "refine", "prune", "train", "compact", "recover"),
+    "align": ("source", "allocate", "prune"),
+    "train": ("source", "allocate", "prune", "align"),
+    "compact": ("source", "prune", "align", "train"),
+    "recover": ("source", "allocate", "decompose", "refine", "prune", "align", "train", "compact"),
+    "export": ("source", "allocate", "decompose", "refine", "prune", "align", "train", "compact", "recover"),
+    "evaluate": ("source", "allocate", "decompose", "refine", "prune", "align", "train", "compact", "recover"),
 }
 PERPLEXITY = {
     "base": 21.4,
@@ -167,6 +168,9 @@ class RunBuilder:
     def _prune(self, out: Path) -> None:
         self._json(out, "prune", "kept.json", self.kept.to_json())
         self._tensors(out, self.known.pruned())
+
+    def _align(self, out: Path) -> None:
+        self._json(out, "align", "skipped.json", {"reason": "align.enabled is false"})
 
     def _train(self, out: Path) -> None:
         self.small = self._tensors(out, self.known.adapter(), "adapter")
