@@ -147,6 +147,10 @@ class Align(Adapter):
     """Slot C: LoRA on generic text, which makes up for what pruning removed; the full model does not get it."""
 
     enabled: bool = Field(False, description="true: train it; the task's adapter is then trained on top")
+    teacher: Literal["original", "none"] = Field(
+        "original", description="whose predictions it learns: the original model's, or none but the text itself"
+    )
+    top: Positive = Field(64, description="next tokens that are learnt one by one from the teacher, the rest as one")
 
 
 class Train(Adapter):

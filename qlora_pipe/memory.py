@@ -78,7 +78,9 @@ def _work(stage: str, known: Known) -> _Work:
     compensation = layouts.tensor_bytes(known.compensation()) if config.align.enabled else 0
     packed = layouts.tensor_bytes(known.pruned())
     if stage == "align" and config.align.enabled:
-        return _Work(packed + _TRAINED_COPIES * compensation + _batch(known, config.align), stream)
+        asking, targets = _teaching(known)
+        training = packed + _TRAINED_COPIES * compensation + _batch(known, config.align)
+        return _Work(max(asking, targets + training), stream)
     if stage == "train":
         return _Work(packed + compensation + _TRAINED_COPIES * adapter + _batch(known, config.train), stream)
     if stage == "compact" and config.compact.enabled:
@@ -104,6 +106,21 @@ def _calibration(known: Known) -> int:
     sums = sum(8 * full.site_width(0, site) ** 2 for site in SITES) if settings.covariance else 0
     backward = max(_kept(full, tokens, known) // len(full.layers), _head(known, tokens))
     return width * (outer + 2 * layer) + norms + max(backward, _passing(full, tokens) + sums)
+
+
+def _teaching(known: Known) -> tuple[int, int]:
+    """While the teacher is asked: embedding and head, one layer, hidden states of all tokens and a pass through the
+    layer; and what stays, 8 bytes for each likely token. Nothing without a teacher."""
+    full, settings = known.architecture, known.config.align
+    if settings.teacher == "none":
+        return 0, 0
+    tokens = settings.steps * settings.batch_size * settings.accumulation * settings.length
+    outer = sum(math.prod(shape) for name, shape in full.tensors().items() if not name.startswith("model.layers."))
+    layer = (_parameters(full) - outer) // len(full.layers)
+    together = min(tokens, max(CALIBRATION_TOKENS, settings.length))
+    targets = 8 * settings.top * tokens
+    working = max(_passing(full, together), _head(known, together))
+    return _width(known) * (outer + layer + tokens * full.hidden) + working + targets, targets
 
 
 def _refinement(known: Known) -> int:
