@@ -8,7 +8,7 @@ from collections.abc import Collection, Sequence
 from fractions import Fraction
 
 from prune.exceptions import PruneError, RatioError
-from prune.groups import ROLES, LayerShape, check_role, shape_of
+from prune.groups import KIND, PRUNED_AXIS, ROLES, LayerShape, check_role, group_width, shape_of
 
 
 def parameter_count(
@@ -80,6 +80,52 @@ def kept_count(total: int, ratio: float, align: int) -> int:
         raise RatioError(f"ratio {ratio} would remove all of {total}; the largest that works is {largest}")
     nearest = (2 * wanted + align) // (2 * align) * align
     return min(total, max(align, nearest))
+
+
+def offered_counts(total: int, align: int) -> tuple[int, ...]:
+    """Counts that may stay of ``total`` groups, ascending: multiples of ``align`` below it, and all.
+
+    Raises PruneError when ``total`` or ``align`` is not positive.
+    """
+    if total < 1 or align < 1:
+        raise PruneError(f"total and align must be positive, found {total} and {align}")
+    return (*range(align, total, align), total)
+
+
+def group_parameters(kind: str, shape: LayerShape, biased: Collection[str] = ()) -> int:
+    """Parameters that leave with one group of ``kind``: its rows and columns, and the biases of its rows.
+
+    ``biased``: the roles that carry a bias; those of o and down stay, for their outputs do.
+    """
+    return sum(
+        group_width(role, shape) * (shape.hidden + (role in biased and PRUNED_AXIS[role] == "rows"))
+        for role in ROLES
+        if KIND[role] == kind
+    )
+
+
+def counts_without(shape: LayerShape, parameters: int, align: int, biased: Collection[str] = ()) -> tuple[int, int]:
+    """(KV groups, FFN channels) that stay of a layer when at least ``parameters`` are to go, as few more as can be.
+
+    Both kinds lose about the same share, as in LoRAPrune and LoRAM: KV groups are one of the two whole numbers around
+    that share's, FFN channels the most that ``offered_counts`` has room for. Of the two the one with less excess stays,
+    or more KV groups. Where neither leaves an FFN channel count, other numbers of KV groups are tried. ``parameters`` 0
+    gives all. Raises RatioError when the least that must stay, one KV group and one ``align``, is too much.
+    """
+    sizes = {kind: group_parameters(kind, shape, biased) for kind in ("kv", "ffn")}
+    whole = sum(sizes[kind] * shape.group_count(kind) for kind in sizes)
+    even = shape.kv_heads * (1 - Fraction(parameters, whole))
+    found = []
+    for kv_heads in range(1, shape.kv_heads + 1):
+        left = whole - parameters - kv_heads * sizes["kv"]
+        fitting = [ffn for ffn in offered_counts(shape.ffn, align) if ffn * sizes["ffn"] <= left]
+        if fitting:
+            excess = left - fitting[-1] * sizes["ffn"]
+            found.append((abs(kv_heads - even) >= 1, excess, -kv_heads, fitting[-1]))
+    if not found:
+        raise RatioError(f"at least {parameters} parameters are to go, of {whole} in the groups of {shape}")
+    _, _, kv_heads, ffn = min(found)
+    return -kv_heads, ffn
 
 
 def exact_ratio(ratio: float) -> Fraction:

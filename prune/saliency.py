@@ -4,15 +4,14 @@ Every score is a dict {"kv": fp64 [kv_heads], "ffn": fp64 [ffn]}; larger means m
 """
 
 from collections.abc import Mapping
-from typing import Final
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from prune.exceptions import PruneError
-from prune.groups import KIND, ROLES, LayerShape, pruned_dim, shape_of
-
-_ROW_BLOCK: Final = 256
+from prune.groups import LayerShape, pruned_dim, shape_of
+from prune.members import MemberScores, channel_sums, fold, magnitudes
 
 
 class GroupScores:
@@ -28,7 +27,7 @@ class GroupScores:
 
     def __init__(self, shape: LayerShape) -> None:
         self._shape = shape
-        self._parts: dict[str, Tensor] = {}
+        self._members = MemberScores(shape, norm=1)
 
     def add(self, role: str, weight: Tensor) -> None:
         """Account for ``weight`` [out, in], floating point of any width, sums in fp64.
@@ -37,27 +36,17 @@ class GroupScores:
         bytes: at most 16 * 256 * in on top of the weight.
         """
         expected = shape_of(role, self._shape)
-        if role in self._parts:
-            raise PruneError(f"the weight of {role} was added twice")
         if tuple(weight.shape) != expected:
             raise PruneError(f"{role} must have shape {expected}, found {tuple(weight.shape)}")
-        sums = _squared_sums(weight, pruned_dim(role))
-        per_group = sums.reshape(self._shape.group_count(KIND[role]), -1).sum(dim=1)
-        total = per_group.sum()
-        self._parts[role] = torch.where(total == 0, 0.0, per_group / total)
+        sums = channel_sums(lambda start, stop: magnitudes(weight[start:stop], 2), expected[0], pruned_dim(role))
+        self._members.add(role, fold(role, sums, self._shape))
 
     def scores(self) -> dict[str, Tensor]:
         """The scores, on the device of the weights. Non-finite weights give NaN, which ``select`` refuses.
 
         Raises PruneError when a weight is missing: a group scored on some of its members is not comparable.
         """
-        missing = [role for role in ROLES if role not in self._parts]
-        if missing:
-            raise PruneError(f"no weight was added for {', '.join(missing)}")
-        return {
-            kind: torch.stack([self._parts[role] for role in ROLES if KIND[role] == kind]).sum(dim=0)
-            for kind in ("kv", "ffn")
-        }
+        return self._members.scores()
 
 
 def magnitude(weights: Mapping[str, Tensor], shape: LayerShape) -> dict[str, Tensor]:
@@ -80,14 +69,19 @@ def activation(role: str, weight: Tensor, input_squares: Tensor, shape: LayerSha
     square of each input. Raises PruneError for a role whose columns are not pruned or a shape that does not fit. Peak
     bytes: 16 * 256 * in.
     """
-    expected = shape_of(role, shape)
-    if pruned_dim(role) != 1 or tuple(weight.shape) != expected or tuple(input_squares.shape) != expected[1:]:
-        raise PruneError(
-            f"expected o or down with a weight {expected} and its {expected[1]} input moments, found {role} with "
-            f"{tuple(weight.shape)} and {tuple(input_squares.shape)}"
-        )
-    per_column = _squared_sums(weight, 1) * input_squares.to(torch.float64)
-    return per_column.reshape(shape.group_count(KIND[role]), -1).sum(dim=1)
+    check_reader(role, weight, input_squares, shape)
+    return fold(role, column_sums(weight, 2) * input_squares.to(torch.float64), shape)
+
+
+def wanda(role: str, weight: Tensor, input_squares: Tensor, shape: LayerShape) -> Tensor:
+    """Scores of the groups that ``role`` ("o" or "down") reads, as Wanda-sp gives them, fp64 [groups].
+
+    Score of a group = sum over its columns j and all rows i of |W_ij| * sqrt(E[x_j^2]). Wanda (arXiv 2306.11695) takes
+    the input's norm over all tokens, and its structured form (FLAP, arXiv 2312.11983) the mean over rows: both differ
+    by a constant factor. Arguments, errors and peak bytes as for ``activation``.
+    """
+    check_reader(role, weight, input_squares, shape)
+    return fold(role, column_sums(weight, 1) * input_squares.to(torch.float64).sqrt(), shape)
 
 
 def random(shape: LayerShape, generator: torch.Generator) -> dict[str, Tensor]:
@@ -98,9 +92,18 @@ def random(shape: LayerShape, generator: torch.Generator) -> dict[str, Tensor]:
     }
 
 
-def _squared_sums(weight: Tensor, dim: int) -> Tensor:
-    """Squared entries of ``weight`` summed onto its axis ``dim``, fp64, a block of rows at a time."""
-    blocks = (block.to(torch.float64).square().sum(dim=1 - dim) for block in torch.split(weight, _ROW_BLOCK))
-    if dim == 0:
-        return torch.cat(list(blocks))
-    return sum(blocks, torch.zeros(weight.shape[1], dtype=torch.float64, device=weight.device))
+def column_sums(weight: Tensor, power: Literal[1, 2]) -> Tensor:
+    """Magnitudes (power 1) or squares (2) of a weight [out, in] summed over its rows: fp64 [in]."""
+    return channel_sums(lambda start, stop: magnitudes(weight[start:stop], power), weight.shape[0], 1)
+
+
+def check_reader(role: str, weight: Tensor, moments: Tensor, shape: LayerShape) -> None:
+    """Raise PruneError unless ``role`` reads groups (o, down) and ``moments`` [in], none negative, fit its weight."""
+    expected = shape_of(role, shape)
+    if pruned_dim(role) != 1 or tuple(weight.shape) != expected or tuple(moments.shape) != expected[1:]:
+        raise PruneError(
+            f"expected o or down with a weight {expected} and its {expected[1]} input moments, found {role} with "
+            f"{tuple(weight.shape)} and {tuple(moments.shape)}"
+        )
+    if bool((moments < 0).any()):
+        raise PruneError(f"{role}: mean squares and variances are not negative, found {float(moments.min()):g}")

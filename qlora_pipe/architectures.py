@@ -3,8 +3,9 @@
 Adding a family is adding a row to FAMILIES. A checkpoint with a tensor that its row does not explain is refused.
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from prune.groups import ROLES, LayerShape, shape_of
@@ -82,6 +83,10 @@ class Architecture:
     def hidden(self) -> int:
         return self.layers[0].hidden
 
+    def with_layers(self, layers: Sequence[LayerShape]) -> "Architecture":
+        """The same with other widths."""
+        return replace(self, layers=tuple(layers))
+
     def linears(self) -> Iterator[tuple[int, str, str]]:
         """(layer, role, module name) of every linear map of the blocks, in the order of computation."""
         for layer in range(len(self.layers)):
@@ -125,6 +130,10 @@ class Architecture:
         """Number of weights of the block linears, what `bits per weight` is divided by."""
         sizes = (shape_of(role, shape) for shape in self.layers for role in ROLES)
         return sum(rows * columns for rows, columns in sizes)
+
+    def block_parameters(self) -> int:
+        """Number of parameters of the blocks: weights, biases and norms."""
+        return sum(math.prod(shape) for name, shape in self.tensors().items() if name.startswith(_LAYERS))
 
 
 def linear_name(layer: int, role: str) -> str:

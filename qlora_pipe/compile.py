@@ -21,6 +21,7 @@ from qlora_pipe.hf.source import fetch
 from qlora_pipe.known import CHAIN
 from qlora_pipe.meter import Meter
 from qlora_pipe.plan import check_memory, know, plan_known
+from qlora_pipe.selection import read_index_map
 from qlora_pipe.sources import BASE_LINK, find_model, model_files
 from qlora_pipe.stages import (
     align,
@@ -34,6 +35,7 @@ from qlora_pipe.stages import (
     recover,
     refine,
     score,
+    select,
     source,
     train,
 )
@@ -47,6 +49,7 @@ STAGES = (
     allocate.STAGE,
     decompose.STAGE,
     refine.STAGE,
+    select.STAGE,
     prune.STAGE,
     align.STAGE,
     train.STAGE,
@@ -142,6 +145,10 @@ class _Run:
         if stage.name == "allocate":
             body = json.loads((known.folder / "allocation.json").read_text())
             self.known = self.known.with_allocation(read_allocation(body))
+            self._plan()
+        elif stage.name == "select":
+            kept = read_index_map(known.folder, self.artifacts["source"].manifest, self.known.architecture.layers)
+            self.known = self.known.with_kept([kept.kept_shape(layer) for layer in range(len(kept.layers))])
             self._plan()
         self.reporter.stage = ""
 

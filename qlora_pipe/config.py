@@ -99,11 +99,36 @@ class Prune(Section):
     method: Literal["activation", "magnitude", "random"] = Field(
         "activation", description="how groups are ranked; activation uses the calibration moments"
     )
-    kv_ratio: Fraction = Field(0.0, description="share of the KV groups removed per layer")
-    ffn_ratio: Fraction = Field(0.25, description="share of the FFN channels removed per layer")
+    ratio: Fraction | None = Field(
+        None,
+        description="true reduction: share of the blocks' parameters that goes at least; null: kv_ratio and ffn_ratio",
+    )
+    widths: Literal["uniform", "allocated"] = Field(
+        "uniform", description="allocated: each layer's widths by the least total score that goes, under ratio"
+    )
+    kv_ratio: Fraction = Field(0.0, description="nominal share of the KV groups removed per layer, without ratio")
+    ffn_ratio: Fraction = Field(0.25, description="nominal share of the FFN channels removed per layer, without ratio")
     align: Positive = Field(64, description="kept FFN channels are a multiple of this")
     protect_first: Count = Field(0, description="first layers left whole")
     protect_last: Count = Field(0, description="last layers left whole")
+    time_limit: Rate = Field(60.0, description="most seconds spent on proving allocated widths optimal")
+
+    @model_validator(mode="after")
+    def _allocated_widths_need_a_budget_and_comparable_scores(self) -> "Prune":
+        if self.widths == "allocated":
+            if self.ratio is None:
+                raise ValueError("widths: allocated needs a budget: set ratio, the share of the parameters that goes")
+            if self.method in ("magnitude", "random"):
+                raise ValueError(
+                    f"method: {self.method} gives scores that cannot be compared across layers, which widths: "
+                    "allocated does; choose activation, or widths: uniform"
+                )
+        return self
+
+    @property
+    def removes(self) -> bool:
+        """Whether anything goes."""
+        return bool(self.kv_ratio or self.ffn_ratio if self.ratio is None else self.ratio)
 
 
 class Optimisation(Section):
@@ -224,8 +249,15 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _small_has_equal_widths(self) -> "Config":
-        protected = self.prune.protect_first or self.prune.protect_last
-        if self.export.small and protected and (self.prune.kv_ratio or self.prune.ffn_ratio):
+        prune = self.prune
+        if not (self.export.small and prune.removes):
+            return self
+        if prune.widths == "allocated":
+            raise ValueError(
+                "export.small needs equal widths in every layer, but prune.widths: allocated gives each layer its own: "
+                "set export.small to false, or prune.widths to uniform"
+            )
+        if prune.protect_first or prune.protect_last:
             raise ValueError(
                 "export.small needs equal widths in every layer, but prune.protect_first or "
                 "prune.protect_last keeps some layers whole: set both to 0, or export.small to false"

@@ -121,7 +121,7 @@ def _describe_artifact(folder: Path) -> str:
     for place, stem in weight_sets(manifest):
         specs = {name: where.spec for name, where in read_folder(folder / place, stem).items()}
         parts.append(render((f"tensor in {place}{stem}", "dtype", "shape", "count", "bytes"), fold(specs)))
-    if manifest.stage == "prune":
+    if manifest.stage == "select":
         parts.append(_describe_kept(kept_counts(_read(folder / "kept.json"))))
     if manifest.stage == "allocate":
         parts.append(_describe_choices(_read(folder / "allocation.json")["choices"].values()))

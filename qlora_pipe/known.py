@@ -2,9 +2,10 @@
 
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import zip_longest
 
 from prune.groups import PRUNED_AXIS, LayerShape, shape_of
 from qlora_pipe import layouts
@@ -14,6 +15,7 @@ from qlora_pipe.config import Config
 from qlora_pipe.errors import ConfigError
 from qlora_pipe.rules import Narrowed, narrow
 from qlora_pipe.units import parse_budget
+from qlora_pipe.widths import narrowed, offered, prunable, small_architecture
 from quant.exceptions import ShapeError
 from quant.storage import Choice, PackedShape
 
@@ -24,6 +26,7 @@ CHAIN = (
     "allocate",
     "decompose",
     "refine",
+    "select",
     "prune",
     "align",
     "train",
@@ -44,7 +47,8 @@ Allocation = Mapping[str, Choice]
 
 @dataclass(frozen=True)
 class Known:
-    """Configuration and headers; the allocation once it is solved (`allocation_is_final`), before that an estimate.
+    """Configuration and headers; the allocation once it is solved (`allocation_is_final`), before that an estimate;
+    the layers that pruning leaves once they are selected (`kept`).
 
     `converts`: the model is a GGUF file, which becomes a folder of fp32 safetensors first."""
 
@@ -54,11 +58,19 @@ class Known:
     allocation: Allocation
     allocation_is_final: bool
     converts: bool = False
+    kept: tuple[LayerShape, ...] | None = None
 
     @cached_property
     def small(self) -> Architecture:
-        """The architecture after pruning."""
-        return layouts.small_architecture(self.architecture, self.config.prune)
+        """The architecture after pruning: exact where `is_final`, else a guess at widths that scores decide."""
+        if self.kept is not None:
+            return self.architecture.with_layers(self.kept)
+        return small_architecture(self.architecture, self.config.prune)
+
+    @property
+    def is_final(self) -> bool:
+        """Whether every shape is known, and so the bytes of every file."""
+        return self.allocation_is_final and (self.kept is not None or self.config.prune.widths == "uniform")
 
     @property
     def small_allocation(self) -> Allocation:
@@ -67,6 +79,10 @@ class Known:
 
     def with_allocation(self, allocation: Allocation) -> "Known":
         return replace(self, allocation=allocation, allocation_is_final=True)
+
+    def with_kept(self, layers: Sequence[LayerShape]) -> "Known":
+        """The same once it is selected what stays of each layer."""
+        return replace(self, kept=tuple(layers))
 
     def moments(self) -> layouts.Tensors:
         return layouts.moments(self.architecture, self.config.calibrate)
@@ -180,7 +196,8 @@ class Known:
             "score": ("source", "calibrate"),
             "decompose": ("source", "calibrate"),
             "refine": ("source", "decompose") if self.config.refine.enabled else (),
-            "prune": (self.full_packed, "calibrate"),
+            "select": (self.full_packed, "calibrate"),
+            "prune": (self.full_packed,),
             "align": ("prune",) if self.config.align.enabled else (),
             "train": small,
             "compact": ("source", *small[1:], "train") if compact else (),
@@ -245,16 +262,27 @@ def allowed(architecture: Architecture, config: Config) -> Narrowed:
 def check_shapes(architecture: Architecture, config: Config) -> None:
     """Everything that can be refused from shapes alone; raises ConfigError."""
     allowed(architecture, config)
+    small = small_architecture(architecture, config.prune)
     if not config.compact.enabled:
         return
-    small = layouts.small_architecture(architecture, config.prune)
-    for layer, role, _ in small.linears():
-        columns = shape_of(role, small.layers[layer])[1]
-        if columns % config.compact.group_size:
-            raise ConfigError(
-                f"compact.group_size {config.compact.group_size} does not divide the {columns} inputs of the pruned "
-                f"{role} projection; choose a divisor, or prune to a multiple of it (prune.align)"
-            )
+    for pruned in (small, *_every_width(architecture, config)):
+        for layer, role, _ in pruned.linears():
+            columns = shape_of(role, pruned.layers[layer])[1]
+            if columns % config.compact.group_size:
+                raise ConfigError(
+                    f"compact.group_size {config.compact.group_size} does not divide the {columns} inputs of the "
+                    f"pruned {role} projection; choose a divisor, or prune to a multiple of it (prune.align)"
+                )
+
+
+def _every_width(architecture: Architecture, config: Config) -> Iterator[Architecture]:
+    """Where scores decide on widths: models that have all that may be left of a layer."""
+    free = prunable(architecture, config.prune)
+    if config.prune.widths == "uniform" or not free:
+        return
+    for shape in {architecture.layers[layer] for layer in free}:
+        for kv_heads, ffn in zip_longest(*(offered(shape, kind, config.prune) for kind in ("kv", "ffn"))):
+            yield architecture.with_layers([narrowed(shape, kv_heads or shape.kv_heads, ffn or shape.ffn)])
 
 
 def linear_budget(architecture: Architecture, dtypes: Mapping[str, str], config: Config) -> int:

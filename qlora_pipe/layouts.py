@@ -1,15 +1,11 @@
 """What each stage writes, tensor by tensor. The plan adds these layouts up; the stages write exactly these."""
 
 from collections.abc import Mapping
-from dataclasses import replace
 
-from prune.counting import kept_count
-from prune.exceptions import RatioError
 from prune.groups import PRUNED_AXIS, ROLES, shape_of
 from qlora_pipe.architectures import EMBEDDING, HEAD, SITES, Architecture, covariance_name, linear_name
 from qlora_pipe.artifacts.layout import DTYPE_BYTES, DTYPE_CODE, TensorSpec
-from qlora_pipe.config import Calibrate, Compact, Prune
-from qlora_pipe.errors import ConfigError
+from qlora_pipe.config import Calibrate, Compact
 from quant.storage import Choice, PackedShape, packed_columns
 
 Tensors = dict[str, TensorSpec]
@@ -127,26 +123,6 @@ def integers(architecture: Architecture, dtypes: Mapping[str, str], settings: Co
 def dense(architecture: Architecture, dtype: str) -> Tensors:
     """A plain checkpoint; `dtype` is a torch dtype's name."""
     return {name: TensorSpec(DTYPE_CODE[dtype], shape) for name, shape in architecture.tensors().items()}
-
-
-def small_architecture(architecture: Architecture, settings: Prune) -> Architecture:
-    """The widths that pruning will leave, known before any score is; raises ConfigError if nothing would stay."""
-    last = len(architecture.layers) - settings.protect_last
-    layers = []
-    for index, shape in enumerate(architecture.layers):
-        if settings.protect_first <= index < last:
-            kv_heads = _kept("kv_ratio", shape.kv_heads, settings.kv_ratio, 1)
-            ffn = _kept("ffn_ratio", shape.ffn, settings.ffn_ratio, settings.align)
-            shape = replace(shape, kv_heads=kv_heads, heads=kv_heads * shape.queries_per_kv, ffn=ffn)
-        layers.append(shape)
-    return replace(architecture, layers=tuple(layers))
-
-
-def _kept(setting: str, total: int, ratio: float, align: int) -> int:
-    try:
-        return kept_count(total, ratio, align)
-    except RatioError as error:
-        raise ConfigError(f"prune.{setting}: {error}") from error
 
 
 def linear_bytes(tensors: Tensors, architecture: Architecture) -> int:

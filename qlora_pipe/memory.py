@@ -71,7 +71,7 @@ def _work(stage: str, known: Known) -> _Work:
     if stage in ("score", "decompose"):
         working = matrix + _covariances(known)
         return _Work(0, working if stage == "score" else max(working, stream))
-    if stage == "prune":
+    if stage in ("select", "prune"):
         return _Work(0, max(matrix, stream))
     if stage == "refine" and config.refine.enabled:
         return _Work(_refinement(known), stream)

@@ -29,7 +29,7 @@ class StagePlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """`exact`: the allocation is solved, so that the bytes of every file are final; before that they are an estimate.
+    """`exact`: allocation and widths are decided, so that the bytes of every file are final; before that an estimate.
 
     `fits` is None where the configuration states no limit.
     """
@@ -82,7 +82,7 @@ def plan_known(known: Known) -> Plan:
     return Plan(
         model=config.model,
         run=str(config.run),
-        exact=known.allocation_is_final,
+        exact=known.is_final,
         stages=stages,
         disk=sum(stage.writes for stage in stages),
         host_peak=host,
@@ -126,7 +126,10 @@ def render_plan(plan: Plan) -> str:
         f"device peak {format_bytes(plan.device_peak)}{_verdict(plan.fits_device)}"
     )
     if not plan.exact:
-        lines.append("bytes of decompose and prune are an estimate until allocate has run: a uniform choice in budget")
+        lines.append(
+            "bytes of decompose and prune are an estimate until allocate has run, and select if prune.widths is "
+            "allocated: a uniform choice in budget"
+        )
     return "\n".join(lines)
 
 

@@ -21,6 +21,7 @@ from qlora_pipe.artifacts.tensors import TensorReader
 from qlora_pipe.errors import ArtifactError, ConfigError, SourceError
 from qlora_pipe.inspection import plural, stages_of, weight_sets
 from qlora_pipe.known import CHAIN
+from qlora_pipe.selection import recheck as recheck_selection
 from qlora_pipe.units import format_bytes
 from quant.pack import pack, unpack
 from quant.storage import Choice
@@ -70,7 +71,7 @@ def _one_kind_of_error(folder: Path) -> Iterator[None]:
     """What goes wrong while contents are read is a defect of the artifact."""
     try:
         yield
-    except (SourceError, PruneError, KeyError, TypeError, ValueError, AttributeError) as error:
+    except (SourceError, PruneError, LookupError, TypeError, ValueError, AttributeError) as error:
         raise ArtifactError(f"{folder}: expected a whole artifact, found {error!r}; {_AGAIN}") from error
 
 
@@ -187,16 +188,34 @@ def _check_certificate(run: Path) -> None:
         raise ArtifactError(f"{path}: {error}; {_AGAIN}") from error
 
 
-def _check_kept(folder: Path) -> None:
-    """The record is valid, and every sliced matrix has the rows it says."""
-    kept = _kept(folder)
-    reader = TensorReader(folder)
+def _check_selection(folder: Path) -> None:
+    """The record is valid, and widths, totals and the certificate follow from the scores."""
+    kept, body = _kept(folder), _read(folder / "selection.json")
+    if body["index_map"] != kept.digest():
+        raise ArtifactError(f"{folder / 'selection.json'}: it is about another index map than kept.json; {_AGAIN}")
+    try:
+        recheck_selection(_read(folder / "scores.json"), _read(folder / "table.json"), body, kept)
+    except SolverError as error:
+        raise ArtifactError(f"{folder / 'selection.json'}: {error}; {_AGAIN}") from error
+
+
+def _check_selected(run: Path) -> None:
+    """The groups were selected for the model of this run."""
+    path, model = run / "select" / "selection.json", read_manifest(run / "source").inputs["model"]
+    if _read(path)["model"] != model:
+        raise ArtifactError(f"{path}: it is of the model {_read(path)['model']}, the run has {model}; {_AGAIN}")
+
+
+def _check_sliced(run: Path) -> None:
+    """Every sliced matrix has the rows that kept.json says."""
+    kept = _kept(run / "select")
+    reader = TensorReader(run / "prune")
     for layer in range(len(kept.layers)):
         for role in ROLES:
             name = f"{linear_name(layer, role)}.codes"
             expected, found = len(kept.kept_indices(layer, role)), reader.locations[name].spec.shape[0]
             if found != expected:
-                raise ArtifactError(f"{folder}: {name} has {found} rows, kept.json keeps {expected}; {_AGAIN}")
+                raise ArtifactError(f"{run / 'prune'}: {name} has {found} rows, kept.json keeps {expected}; {_AGAIN}")
 
 
 def _check_recovery(folder: Path) -> None:
@@ -223,7 +242,7 @@ def _check_metrics(folder: Path) -> None:
 _CHECKS: dict[str, Callable[[Path], None]] = {
     "score": _check_table,
     "allocate": _check_allocation,
-    "prune": _check_kept,
+    "select": _check_selection,
     "recover": _check_recovery,
     "evaluate": _check_metrics,
 }
@@ -231,9 +250,9 @@ _CHECKS: dict[str, Callable[[Path], None]] = {
 
 def _check_scattered(run: Path) -> None:
     """Every recovered adapter equals the small one on the kept block, to the bit, and is zero elsewhere."""
-    folder, kept = run / "recover", _kept(run / "prune")
+    folder, kept = run / "recover", _kept(run / "select")
     if _read(folder / "recovery.json").get("index_map") != kept.digest():
-        raise ArtifactError(f"{folder}: the adapter was scattered by another kept.json than prune's; {_AGAIN}")
+        raise ArtifactError(f"{folder}: the adapter was scattered by another kept.json than select's; {_AGAIN}")
     for stage, stem in (("train", "adapter"), ("compact", "compact_adapter")):
         if not any(folder.glob(f"{stem}*.safetensors")):
             continue
@@ -249,7 +268,12 @@ def _check_scattered(run: Path) -> None:
                     )
 
 
-_ACROSS: dict[str, Callable[[Path], None]] = {"allocate": _check_certificate, "recover": _check_scattered}
+_ACROSS: dict[str, Callable[[Path], None]] = {
+    "allocate": _check_certificate,
+    "select": _check_selected,
+    "prune": _check_sliced,
+    "recover": _check_scattered,
+}
 """What a stage's artifact owes to those of other stages; takes the run."""
 
 

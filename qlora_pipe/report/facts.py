@@ -169,7 +169,7 @@ def read_facts(run: Path) -> Facts:
     text = _text(run / "config.yaml")
     histories = {name: read_json(run / name / "history.json") for name in ("align", "train", "compact")}
     skipped = {name: read_json(run / name / "skipped.json") for name in manifests}
-    kept = read_json(run / "prune" / "kept.json")
+    kept = read_json(run / "select" / "kept.json")
     return Facts(
         run=run,
         config_text=text,

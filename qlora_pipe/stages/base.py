@@ -16,6 +16,7 @@ from qlora_pipe.artifacts.tensors import TensorReader, TensorWriter
 from qlora_pipe.config import Config, Dataset
 from qlora_pipe.events import Reporter
 from qlora_pipe.known import Known
+from qlora_pipe.selection import read_index_map
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,9 @@ class Context:
 
     @cached_property
     def index_map(self) -> IndexMap:
-        """Which groups pruning kept."""
-        return IndexMap.from_json(self.read_json("prune", "kept.json"))
+        """Which groups stay; raises ArtifactError if that was selected for another model."""
+        source = self.inputs["source"].manifest
+        return read_index_map(self.inputs["select"].folder, source, self.known.architecture.layers)
 
     @property
     def dtype(self) -> torch.dtype:

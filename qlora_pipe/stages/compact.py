@@ -97,7 +97,7 @@ def compact_settings(config: Config) -> dict[str, Any]:
 STAGE = Stage(
     "compact",
     2,
-    ("source", "prune", "align", "train"),
+    ("source", "select", "prune", "align", "train"),
     compact_settings,
     run,
     lambda config: {"task": config.data.task},

@@ -125,7 +125,7 @@ def _verdict(report: dict[str, Any]) -> str:
 STAGE = Stage(
     "recover",
     2,
-    ("source", "allocate", "decompose", "refine", "prune", "align", "train", "compact"),
+    ("source", "allocate", "decompose", "refine", "select", "prune", "align", "train", "compact"),
     lambda config: (
         computing(config)
         | config.recover.model_dump(mode="json")

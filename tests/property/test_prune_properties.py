@@ -2,16 +2,18 @@
 
 import json
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from prune.counting import kept_count
+from prune.counting import counts_without, group_parameters, kept_count
+from prune.exceptions import RatioError
 from prune.groups import KIND, PRUNED_AXIS, ROLES, LayerShape, shape_of
 from prune.indexmap import IndexMap, LayerKept
 from prune.scatter import restrict_adapter, scatter_adapter
-from prune.select import select
+from prune.select import keep_best, removal_losses
 from prune.slice import slice_rows_or_columns
 
 # Examples are tiny; a slow shared machine must not fail them.
@@ -135,28 +137,53 @@ def scored_layers(draw: st.DrawFn) -> tuple[list[LayerShape], list[dict[str, Ten
 
 
 @RELAXED
-@given(
-    layers=scored_layers(),
-    ratio=st.sampled_from([0.0, 0.2, 0.35, 0.5]),
-    align=st.integers(1, 6),
-    data=st.data(),
-)
-def test_selection_keeps_the_best_of_every_unprotected_layer(
-    layers: tuple[list[LayerShape], list[dict[str, Tensor]]], ratio: float, align: int, data: st.DataObject
+@given(layers=scored_layers(), data=st.data())
+def test_selection_keeps_the_best_of_every_layer(
+    layers: tuple[list[LayerShape], list[dict[str, Tensor]]], data: st.DataObject
 ) -> None:
     shapes, scores = layers
-    first = data.draw(st.integers(0, len(shapes) - 1))
-    last = data.draw(st.integers(0, len(shapes) - 1 - first))
-    options = {"kv_ratio": ratio, "align": align, "protect_first": first, "protect_last": last}
-    index_map = select(scores, shapes, ffn_ratio=ratio, **options)
-    harsher = select(scores, shapes, ffn_ratio=0.5, **options)
+    counts = [(data.draw(st.integers(1, shape.kv_heads)), data.draw(st.integers(1, shape.ffn))) for shape in shapes]
+    index_map = keep_best(scores, shapes, counts)
     for number, (kept, shape) in enumerate(zip(index_map.layers, shapes, strict=True)):
-        if number < first or number >= len(shapes) - last:
-            assert index_map.kept_shape(number) == shape
-            continue
-        assert len(kept.kv_heads) == kept_count(shape.kv_heads, ratio, 1)
-        assert len(kept.ffn) == kept_count(shape.ffn, ratio, align)
+        assert (len(kept.kv_heads), len(kept.ffn)) == counts[number]
         for kind, stay in (("kv", kept.kv_heads), ("ffn", kept.ffn)):
-            ranked = sorted(range(shape.group_count(kind)), key=lambda g: (-float(scores[number][kind][g]), g))
+            values = scores[number][kind]
+            ranked = sorted(range(shape.group_count(kind)), key=lambda g: (-float(values[g]), g))
             assert stay == tuple(sorted(ranked[: len(stay)]))
-        assert set(harsher.layers[number].ffn) <= set(kept.ffn)
+            gone = sum(float(values[g]) for g in range(len(values)) if g not in stay)
+            assert removal_losses(values, [len(stay)]) == [gone]
+
+
+@RELAXED
+@given(
+    shape=layer_shapes(),
+    align=st.integers(1, 6),
+    share=st.floats(0, 1),
+    biased=st.sampled_from([(), ("q", "k", "v"), ROLES]),
+)
+def test_what_goes_is_at_least_what_was_asked_for_and_no_group_more(
+    shape: LayerShape, align: int, share: float, biased: tuple[str, ...]
+) -> None:
+    """Against every pair of counts: enough goes, and no wider FFN would do beside these KV groups."""
+    sizes = [group_parameters(kind, shape, biased) for kind in ("kv", "ffn")]
+    whole = sizes[0] * shape.kv_heads + sizes[1] * shape.ffn
+    needed = round(share * whole)
+    pairs = {
+        (kv, ffn): whole - sizes[0] * kv - sizes[1] * ffn
+        for kv in range(1, shape.kv_heads + 1)
+        for ffn in {*range(align, shape.ffn, align), shape.ffn}
+    }
+    enough = {pair: gone for pair, gone in pairs.items() if gone >= needed}
+    if not enough:
+        with pytest.raises(RatioError, match="parameters are to go"):
+            counts_without(shape, needed, align, biased)
+        return
+    found = counts_without(shape, needed, align, biased)
+    assert found in enough
+    assert enough[found] == min(gone for (kv, _), gone in enough.items() if kv == found[0])
+    even = shape.kv_heads * (1 - needed / whole)
+    near = {pair: gone for pair, gone in enough.items() if abs(pair[0] - even) < 1 - 1e-9}
+    if near:
+        assert enough[found] <= min(near.values())
+    if needed == 0:
+        assert found == (shape.kv_heads, shape.ffn)

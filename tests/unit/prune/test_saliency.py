@@ -4,7 +4,7 @@ from torch import Tensor
 
 from prune.exceptions import PruneError
 from prune.groups import ROLES, LayerShape, shape_of
-from prune.saliency import GroupScores, activation, magnitude, random
+from prune.saliency import GroupScores, activation, magnitude, random, wanda
 
 # One in each attention family; 300 channels cross the row block of the reduction.
 SHAPES = {
@@ -148,3 +148,28 @@ def test_activation_refuses_roles_whose_rows_are_pruned(role: str) -> None:
     weight = layer_weights(shape)[role]
     with pytest.raises(PruneError, match="expected o or down"):
         activation(role, weight, torch.ones(weight.shape[1]), shape)
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("role", ["o", "down"])
+def test_wanda_is_the_slow_loop(role: str, shape: LayerShape) -> None:
+    weight = layer_weights(shape)[role]
+    squares = torch.rand(weight.shape[1], generator=torch.Generator().manual_seed(1))
+    found = wanda(role, weight, squares, shape)
+    slow, width = [0.0] * len(found), weight.shape[1] // len(found)
+    for row in weight.tolist():
+        for j, value in enumerate(row):
+            slow[j // width] += abs(value) * float(squares[j].double()) ** 0.5
+    torch.testing.assert_close(found, torch.tensor(slow, dtype=torch.float64), rtol=1e-12, atol=0)
+
+
+def test_moments_must_fit_and_not_be_negative() -> None:
+    shape = SHAPES["gqa"]
+    weight = layer_weights(shape)["down"]
+    for score in (activation, wanda):
+        with pytest.raises(PruneError, match="expected o or down"):
+            score("up", layer_weights(shape)["up"], torch.ones(6), shape)
+        with pytest.raises(PruneError, match=r"its 300 input moments, found down with \(6, 300\) and \(6,\)"):
+            score("down", weight, torch.ones(6), shape)
+        with pytest.raises(PruneError, match="down: mean squares and variances are not negative, found -2"):
+            score("down", weight, torch.full((300,), -2.0), shape)

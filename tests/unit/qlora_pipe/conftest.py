@@ -21,6 +21,7 @@ from qlora_pipe.artifacts.tensors import TensorWriter, torch_dtype_of
 from qlora_pipe.config import Config
 from qlora_pipe.config_file import resolved_yaml
 from qlora_pipe.known import CHAIN, Known
+from qlora_pipe.selection import record, scores_to_json, tabulate
 from quant.storage import Choice
 
 INPUTS = {
@@ -30,11 +31,12 @@ INPUTS = {
     "allocate": ("score",),
     "decompose": ("source", "calibrate", "allocate"),
     "refine": ("source", "allocate", "decompose"),
-    "prune": ("decompose", "refine", "allocate"),
+    "select": ("source", "calibrate", "allocate", "decompose", "refine"),
+    "prune": ("source", "allocate", "decompose", "refine", "select"),
     "align": ("source", "allocate", "prune"),
     "train": ("source", "allocate", "prune", "align"),
-    "compact": ("source", "prune", "align", "train"),
-    "recover": ("source", "allocate", "decompose", "refine", "prune", "align", "train", "compact"),
+    "compact": ("source", "select", "prune", "align", "train"),
+    "recover": ("source", "allocate", "decompose", "refine", "select", "prune", "align", "train", "compact"),
     "export": ("source", "allocate", "decompose", "refine", "prune", "align", "train", "compact", "recover"),
     "evaluate": ("source", "allocate", "decompose", "refine", "prune", "align", "train", "compact", "recover"),
 }
@@ -165,8 +167,25 @@ class RunBuilder:
     def _refine(self, out: Path) -> None:
         self._json(out, "refine", "skipped.json", {"reason": "refine.enabled is false"})
 
+    def _select(self, out: Path) -> None:
+        settings, architecture = self.config.prune, self.known.architecture
+        generator = torch.Generator().manual_seed(1)
+        even = torch.arange(128, dtype=torch.float64).remainder(2) == 0
+        scores = [
+            {
+                "kv": torch.tensor([2.0, 1.0], dtype=torch.float64),
+                "ffn": even + torch.rand(128, generator=generator, dtype=torch.float64) / 2,
+            }
+            for _ in architecture.layers
+        ]
+        table = tabulate(scores, architecture, settings)
+        body = record(table, self.kept, None, architecture, settings, "0" * 64)
+        self._json(out, "select", "scores.json", scores_to_json(scores))
+        self._json(out, "select", "table.json", table)
+        self._json(out, "select", "kept.json", self.kept.to_json())
+        self._json(out, "select", "selection.json", body)
+
     def _prune(self, out: Path) -> None:
-        self._json(out, "prune", "kept.json", self.kept.to_json())
         self._tensors(out, self.known.pruned())
 
     def _align(self, out: Path) -> None:

@@ -60,8 +60,8 @@ def test_an_artifact(run_builder: Build) -> None:
     assert text.count("lora_A") == 7
 
 
-def test_prune_tells_what_each_layer_keeps(run_builder: Build) -> None:
-    text = describe(run_builder().build("prune") / "prune")
+def test_select_tells_what_each_layer_keeps(run_builder: Build) -> None:
+    text = describe(run_builder().build("select") / "select")
     lines = text[text.index("KV groups kept") :].splitlines()[2:]
     assert [line.split() for line in lines] == [[str(layer), "2", "of", "2", "64", "of", "128"] for layer in range(3)]
 

@@ -299,7 +299,8 @@ def test_reads_count_each_file_once(tiny: Architecture) -> None:
     assert knowing(tiny).base_bytes() == 4 * weights
     size = {stage: sum(known.files(stage).values()) for stage in CHAIN}
     assert known.reads("score") == 2 * weights + size["calibrate"]
-    assert known.reads("prune") == size["decompose"] + size["calibrate"]
+    assert known.reads("select") == size["decompose"] + size["calibrate"]
+    assert known.reads("prune") == size["decompose"]
     assert known.reads("allocate") == 0
     assert known.reads("recover") == 2 * weights + sum(size[stage] for stage in ("prune", "train", "compact"))
 

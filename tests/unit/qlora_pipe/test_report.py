@@ -231,7 +231,7 @@ def test_layers_that_keep_different_widths_are_drawn(run_builder: Build) -> None
         body["layers"][1] |= {"kv_heads": "1", "ffn": "0-15,20,22-24"}
         return body
 
-    run = run_builder(edits={"prune/kept.json": edit}).build("train")
+    run = run_builder(edits={"select/kept.json": edit}).build("train")
     assert read_facts(run).kept[1] == Kept(1, 2, 20, 128)
     page = outline(run)
     assert "Layers differ: 1 to 2 of 2 KV groups and 20 to 64 of 128 FFN channels are kept." in page.text

@@ -1,6 +1,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,7 @@ def test_lines_come_as_stages_pass(run_builder: Build) -> None:
 
 @pytest.mark.parametrize(
     "file",
-    ["decompose/model.safetensors", "prune/kept.json", "export/peft/adapter_model.safetensors"],
+    ["decompose/model.safetensors", "select/kept.json", "export/peft/adapter_model.safetensors"],
 )
 def test_one_changed_byte_is_found_and_the_file_named(run_builder: Build, file: str) -> None:
     run = run_builder().build()
@@ -236,10 +237,16 @@ def change_row(**values: Any) -> Callable[[Any], Any]:
         ("score/table.json", lambda rows: rows | {Q0: [{"bytes": 0, "loss": 1.0}]}, r"expected bytes > 0"),
         ("score/table.json", lambda rows: rows | {Q0: [{"bytes": 1, "loss": float("nan")}]}, r"and a loss >= 0"),
         ("score/table.json", lambda rows: rows | {Q0: [{"bytes": 1, "loss": 1.0}]}, r"found none of grid, bits"),
-        ("prune/kept.json", lambda body: body | {"version": 9}, r"kept\.json: this release reads version 1"),
+        ("select/kept.json", lambda body: body | {"version": 9}, r"kept\.json: this release reads version 1"),
+        ("select/selection.json", edited("index_map", lambda digest: digest[1:]), r"another index map than kept\.json"),
+        ("select/selection.json", edited("model", lambda _: "1" * 64), r"is of the model 1+, the run has 0+;"),
+        ("select/selection.json", edited("loss", lambda loss: loss + 1), r"loss does not follow from the table"),
+        ("select/selection.json", edited("true_reduction", lambda x: x / 2), r"true_reduction does not follow"),
+        ("select/scores.json", lambda rows: [{**rows[0], "kv": [2.0, 0.5]}, *rows[1:]], r"losses of layers\.0\.kv do"),
+        ("select/scores.json", lambda rows: rows[:-1], r"expected a whole artifact, found IndexError"),
         ("recover/recovery.json", lambda body: body | {"scale": 0.75}, r"scale 0\.75 is not the best of"),
         ("recover/recovery.json", lambda body: body | {"scale": 3.0}, r"scale 3\.0 is not the best of"),
-        ("recover/recovery.json", lambda body: body | {"index_map": "0"}, r"another kept\.json than prune's"),
+        ("recover/recovery.json", lambda body: body | {"index_map": "0"}, r"another kept\.json than select's"),
         ("evaluate/metrics.json", change_row(perplexity=0.99), r"c4: expected a finite perplexity >= 1, found 0\.99"),
         ("evaluate/metrics.json", change_row(perplexity=float("inf")), r"expected a finite perplexity"),
         ("evaluate/metrics.json", change_row(perplexity=None), r"expected a whole artifact"),
@@ -259,17 +266,16 @@ def test_unsorted_and_doubled_indices(run_builder: Build) -> None:
             body["layers"][2]["ffn"] = kept
             return body
 
-        run = run_builder(edits={"prune/kept.json": edit}).build("prune")
-        with pytest.raises(ArtifactError, match=r"prune/kept\.json: layer 2"):
+        run = run_builder(edits={"select/kept.json": edit}).build("select")
+        with pytest.raises(ArtifactError, match=r"select/kept\.json: layer 2"):
             verified(run)
 
 
 def test_matrices_have_the_rows_that_were_kept(run_builder: Build) -> None:
-    def edit(body: dict[str, Any]) -> dict[str, Any]:
-        body["layers"][0]["kv_heads"] = "1"
-        return body
-
-    run = run_builder(edits={"prune/kept.json": edit}).build("prune")
+    builder = run_builder()
+    layers = (replace(builder.kept.layers[0], kv_heads=(0,)), *builder.kept.layers[1:])
+    builder.kept = replace(builder.kept, layers=layers)
+    run = builder.build("prune")
     with pytest.raises(ArtifactError, match=rf"{Q0}\.codes has 64 rows, kept\.json keeps 32"):
         verified(run)
 

@@ -1,0 +1,66 @@
+"""FLAP: score what varies, and let a bias stand in for the mean of what goes (arXiv 2312.11983).
+
+A removed input channel j changes an output by W_:j x_j. Its mean W_:j E[x_j] can be given back as a bias, so what is
+lost is the fluctuation about it. Nothing is trained.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from prune.exceptions import PruneError
+from prune.groups import LayerShape
+from prune.members import ROW_BLOCK, fold, magnitudes
+from prune.saliency import check_reader, column_sums
+from prune.slice import check_kept
+
+
+def fluctuation(role: str, weight: Tensor, variance: Tensor, shape: LayerShape) -> Tensor:
+    """Variance of each input of ``role`` ("o" or "down") times the squared norm of its column: fp64 [in].
+
+    FLAP's weighted input feature variance. ``weight`` [out, in], ``variance`` [in] over tokens; a variance found as a
+    difference of means may round to less than zero and is to be clamped by who found it. Raises PruneError for a role
+    whose columns are not pruned, a shape that does not fit or a negative variance. Peak bytes: 16 * 256 * in.
+    """
+    check_reader(role, weight, variance, shape)
+    return column_sums(weight, 2) * variance.to(torch.float64)
+
+
+def flap(role: str, weight: Tensor, variance: Tensor, shape: LayerShape) -> Tensor:
+    """Scores of the groups that ``role`` reads, to rank within a layer: fp64 [groups], sums of ``fluctuation``."""
+    return fold(role, fluctuation(role, weight, variance, shape), shape)
+
+
+def standardised(role: str, channels: Tensor, shape: LayerShape, power: Literal[1, 2] = 1) -> Tensor:
+    """Scores of groups that can be ranked across layers, and KV groups against FFN channels: fp64 [groups].
+
+    ``channels`` [in] of one layer, from ``fluctuation``, are shifted and scaled to mean 0 and (unbiased) standard
+    deviation 1; a group's score is the mean over its channels. So a layer keeps more the farther its best channels
+    stand out, whatever its scale: FLAP's adaptive structure, AL-AM. A group then counts with what it costs, which
+    differs between the kinds. The released code squares the channels of attention first: ``power`` 2. Channels that
+    are all equal score 0. Raises PruneError for an unknown role, another number of channels or another power.
+    """
+    values = magnitudes(channels, power)
+    sizes = fold(role, torch.ones_like(values), shape)
+    centred = values - values.mean()
+    deviation = centred.square().sum().div(max(len(values) - 1, 1)).sqrt()
+    return fold(role, torch.where(deviation == 0, 0.0, centred / deviation), shape) / sizes
+
+
+def compensation(weight: Tensor, mean: Tensor, removed: Tensor) -> Tensor:
+    """The bias that gives back the mean of what removed columns contributed: W[:, removed] mean[removed], fp32 [out].
+
+    To be added to the layer's bias, if it has one. ``weight`` [out, in], ``mean`` [in] of each input over tokens,
+    ``removed`` int64 ascending columns, none for a bias of zeros. Sums are fp64. Raises PruneError for shapes that do
+    not fit and for indices out of order or out of bounds. Peak bytes: 8 * 256 * removed.
+    """
+    if weight.ndim != 2 or mean.shape != weight.shape[1:]:
+        found = f"{tuple(weight.shape)} and {tuple(mean.shape)}"
+        raise PruneError(f"expected a weight [out, in] and the mean of each input, found {found}")
+    if removed.numel():
+        check_kept(removed, weight.shape[1])
+    columns = removed.to(weight.device, torch.int64)
+    gone = mean.to(weight.device, torch.float64)[columns]
+    blocks = (block.index_select(1, columns).to(torch.float64) @ gone for block in torch.split(weight, ROW_BLOCK))
+    return torch.cat(list(blocks)).to(torch.float32)

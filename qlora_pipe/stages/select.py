@@ -1,0 +1,99 @@
+"""select: score KV groups and FFN channels by the effective weights, and decide which of them stay."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prune.exceptions import PruneError
+from prune.groups import ROLES, LayerShape
+from prune.saliency import GroupScores, activation, random
+from prune.select import keep_best
+from qlora_pipe.architectures import linear_name
+from qlora_pipe.errors import StageError
+from qlora_pipe.selection import decide, record, scores_to_json, tabulate
+from qlora_pipe.stages.base import Context, Stage
+from qlora_pipe.stages.models import packed_map
+from qlora_pipe.widths import prunable
+
+Weight = Callable[[str], Tensor]
+"""Role to the dense weight of one layer."""
+
+
+def run(context: Context) -> None:
+    """Peak bytes: one layer's packed tensors and one dense matrix of it."""
+    settings, architecture = context.config.prune, context.known.architecture
+    try:
+        scores = _scores(context)
+        table = tabulate(scores, architecture, settings)
+        counts, solution = decide(table, architecture, settings)
+        kept = keep_best(scores, architecture.layers, counts)
+    except PruneError as error:
+        raise StageError(f"select: {error}") from error
+    body = record(table, kept, solution, architecture, settings, context.inputs["source"].manifest.inputs["model"])
+    context.write_json("scores.json", scores_to_json(scores))
+    context.write_json("table.json", table)
+    context.write_json("kept.json", kept.to_json())
+    context.write_json("selection.json", body)
+    context.reporter.event("selected", _told(body), **{key: body[key] for key in ("true_reduction", "nominal")})
+
+
+def _scores(context: Context) -> list[dict[str, Tensor]]:
+    """Group scores of every layer that is not protected, from the weights the model really has: Q + L1 L2."""
+    config, known = context.config, context.known
+    generator = torch.Generator().manual_seed(config.seed)
+    reader, free = context.reader(known.full_packed), prunable(known.architecture, config.prune)
+    found: list[dict[str, Tensor]] = []
+    with context.reporter.progress("scoring groups", len(known.architecture.layers)) as advance:
+        for layer, shape in enumerate(known.architecture.layers):
+
+            def weight(role: str, layer: int = layer) -> Tensor:
+                return packed_map(context, reader, known.full_packed, layer, role).dequantized()
+
+            if config.prune.method == "random":
+                # Protected layers take their numbers too, so that protecting one changes no other.
+                scores = random(shape, generator)
+                found.append(scores if layer in free else {})
+            elif layer not in free:
+                found.append({})
+            elif config.prune.method == "magnitude":
+                found.append(_magnitude(weight, shape))
+            else:
+                found.append(_by_moments(context, layer, weight, shape))
+            advance()
+    return found
+
+
+def _magnitude(weight: Weight, shape: LayerShape) -> dict[str, Tensor]:
+    groups = GroupScores(shape)
+    for role in ROLES:
+        groups.add(role, weight(role))
+    return groups.scores()
+
+
+def _by_moments(context: Context, layer: int, weight: Weight, shape: LayerShape) -> dict[str, Tensor]:
+    """Scores from what calibration saw at the inputs of o and down."""
+    reader = context.reader("calibrate", "moments")
+    found = {}
+    for kind, role in (("kv", "o"), ("ffn", "down")):
+        squares = reader.read(f"{linear_name(layer, role)}.input")
+        found[kind] = activation(role, weight(role), squares, shape)
+    return found
+
+
+def _told(body: Mapping[str, Any]) -> str:
+    nominal = body["nominal"]
+    return (
+        f"{body['true_reduction']:.2%} of the blocks' parameters go: {nominal['kv']:.1%} of the KV groups and "
+        f"{nominal['ffn']:.1%} of the FFN channels of layers that are not protected"
+    )
+
+
+STAGE = Stage(
+    "select",
+    1,
+    ("source", "calibrate", "allocate", "decompose", "refine"),
+    lambda config: {"seed": config.seed} | config.prune.model_dump(mode="json"),
+    run,
+)

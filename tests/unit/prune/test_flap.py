@@ -1,0 +1,129 @@
+"""Tolerances: float64 against a loop 1e-12 relative; a bias is rounded to fp32 once, 1e-6."""
+
+import statistics
+
+import pytest
+import torch
+from torch import Tensor
+
+from prune.exceptions import PruneError
+from prune.flap import compensation, flap, fluctuation, standardised
+from prune.groups import LayerShape, shape_of
+
+# 300 rows cross the row block of the sums.
+SHAPES = {
+    "mha": LayerShape(hidden=7, heads=3, kv_heads=3, head_dim=2, ffn=5),
+    "gqa": LayerShape(hidden=300, heads=6, kv_heads=2, head_dim=3, ffn=8),
+    "mqa": LayerShape(hidden=5, heads=4, kv_heads=1, head_dim=2, ffn=4),
+}
+CASES = [(family, role) for family in SHAPES for role in ("o", "down")]
+
+
+def problem(family: str, role: str) -> tuple[LayerShape, Tensor, Tensor]:
+    """A shape, a weight of it, and the inputs of 40 tokens, off zero and of uneven scale."""
+    shape, drawn = SHAPES[family], torch.Generator().manual_seed(3)
+    out, fan_in = shape_of(role, shape)
+    weight = torch.randn(out, fan_in, generator=drawn)
+    scale, offset = torch.rand(fan_in, generator=drawn) * 3, torch.randn(fan_in, generator=drawn)
+    return shape, weight, (torch.randn(40, fan_in, generator=drawn) * scale + offset).double()
+
+
+def slow_fluctuation(weight: Tensor, inputs: Tensor) -> list[float]:
+    found = []
+    for values, column in zip(inputs.T.tolist(), weight.T.tolist(), strict=True):
+        found.append(statistics.variance(values) * sum(value * value for value in column))
+    return found
+
+
+@pytest.mark.parametrize(("family", "role"), CASES)
+def test_fluctuation_is_the_slow_loop(family: str, role: str) -> None:
+    shape, weight, inputs = problem(family, role)
+    found = fluctuation(role, weight, inputs.var(dim=0), shape)
+    slow = slow_fluctuation(weight, inputs)
+    torch.testing.assert_close(found, torch.tensor(slow, dtype=torch.float64), rtol=1e-12, atol=0)
+    groups = flap(role, weight, inputs.var(dim=0), shape)
+    width = len(slow) // len(groups)
+    expected = [sum(slow[start : start + width]) for start in range(0, len(slow), width)]
+    torch.testing.assert_close(groups, torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("power", [1, 2])
+@pytest.mark.parametrize(("family", "role"), CASES)
+def test_standardised_is_the_slow_loop(family: str, role: str, power: int) -> None:
+    shape, weight, inputs = problem(family, role)
+    channels = fluctuation(role, weight, inputs.var(dim=0), shape)
+    found = standardised(role, channels, shape, power)
+    values = [value**power for value in channels.tolist()]
+    mean, deviation = statistics.mean(values), statistics.stdev(values)
+    scaled, width = [(value - mean) / deviation for value in values], len(values) // len(found)
+    expected = [statistics.mean(scaled[start : start + width]) for start in range(0, len(scaled), width)]
+    torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), rtol=1e-10, atol=1e-12)
+
+
+def test_standardised_layers_compare_whatever_their_scale() -> None:
+    shape = SHAPES["mha"]
+    channels = torch.tensor([1.0, 2.0, 4.0, 4.0, 9.0, 7.0])
+    found = standardised("o", channels, shape)
+    assert found.argsort().tolist() == [0, 1, 2]
+    torch.testing.assert_close(found, standardised("o", channels * 1000 + 7, shape), rtol=1e-12, atol=1e-12)
+    assert standardised("o", torch.full((6,), 0.1), shape).tolist() == [0.0] * 3
+    single = LayerShape(hidden=2, heads=1, kv_heads=1, head_dim=1, ffn=1)
+    assert standardised("down", torch.tensor([5.0]), single).tolist() == [0.0]
+    assert bool(standardised("o", channels.log() * torch.inf, shape).isnan().all())
+
+
+@pytest.mark.parametrize("role", ["o", "down"])
+def test_the_bias_restores_the_mean_output(role: str) -> None:
+    _, weight, inputs = problem("gqa", role)
+    removed = torch.tensor([0, 3, 4])
+    kept = torch.tensor([1, 2, *range(5, inputs.shape[1])])
+    bias = compensation(weight, inputs.mean(dim=0), removed)
+    assert bias.dtype == torch.float32
+    means = [statistics.mean(column) for column in inputs.T.tolist()]
+    slow = [sum(row[j] * means[j] for j in removed.tolist()) for row in weight.tolist()]
+    torch.testing.assert_close(bias.double(), torch.tensor(slow, dtype=torch.float64), rtol=1e-6, atol=1e-6)
+    whole = inputs @ weight.double().T
+    pruned = inputs[:, kept] @ weight.double()[:, kept].T
+    torch.testing.assert_close((pruned + bias).mean(dim=0), whole.mean(dim=0), rtol=1e-5, atol=1e-5)
+    assert float((pruned - whole).mean(dim=0).abs().max()) > 0.1
+    # What is left is the fluctuation of what went: no other bias leaves less.
+    assert float((pruned + bias - whole).square().sum()) < float((pruned + bias * 1.01 - whole).square().sum())
+    assert float((pruned + bias - whole).square().sum()) < float((pruned + bias * 0.99 - whole).square().sum())
+
+
+def test_inputs_that_do_not_vary_cost_nothing_once_compensated() -> None:
+    shape = SHAPES["mqa"]
+    weight = torch.randn(shape_of("down", shape), generator=torch.Generator().manual_seed(0))
+    inputs = torch.tensor([[1.0, 2.0, 3.0, 4.0]]).repeat(5, 1)
+    assert flap("down", weight, inputs.var(dim=0), shape).tolist() == [0.0] * 4
+    bias = compensation(weight, inputs.mean(dim=0), torch.arange(4))
+    torch.testing.assert_close(bias, (inputs @ weight.T)[0], rtol=1e-6, atol=1e-6)
+
+
+def test_nothing_removed_is_no_bias() -> None:
+    weight, mean = torch.ones(300, 2).bfloat16(), torch.ones(2)
+    assert torch.equal(compensation(weight, mean, torch.tensor([], dtype=torch.int64)), torch.zeros(300))
+    assert compensation(weight, mean, torch.tensor([1])).tolist() == [1.0] * 300
+
+
+def test_bad_input_is_refused() -> None:
+    shape = SHAPES["mha"]
+    weight = torch.ones(shape_of("o", shape))
+    with pytest.raises(PruneError, match="expected o or down"):
+        fluctuation("v", torch.ones(shape_of("v", shape)), torch.ones(7), shape)
+    with pytest.raises(PruneError, match=r"its 6 input moments, found o with \(7, 6\) and \(7,\)"):
+        flap("o", weight, torch.ones(7), shape)
+    with pytest.raises(PruneError, match="o: mean squares and variances are not negative, found -1"):
+        flap("o", weight, -torch.ones(6), shape)
+    with pytest.raises(PruneError, match=r"o has 6 channels that can go, found values \(5,\)"):
+        standardised("o", torch.ones(5), shape)
+    with pytest.raises(PruneError, match="found the power 3"):
+        standardised("o", torch.ones(6), shape, 3)
+    with pytest.raises(PruneError, match=r"the mean of each input, found \(7, 6\) and \(7,\)"):
+        compensation(weight, torch.ones(7), torch.tensor([0]))
+    with pytest.raises(PruneError, match=r"the mean of each input, found \(7,\) and \(\)"):
+        compensation(weight[:, 0], torch.tensor(0.0), torch.tensor([0]))
+    with pytest.raises(PruneError, match="strictly ascending"):
+        compensation(weight, torch.ones(6), torch.tensor([3, 1]))
+    with pytest.raises(PruneError, match=r"within \[0, 6\)"):
+        compensation(weight, torch.ones(6), torch.tensor([6]))
