@@ -24,6 +24,7 @@ from qlora_pipe.plan import check_memory, know, plan_known
 from qlora_pipe.selection import read_index_map
 from qlora_pipe.sources import BASE_LINK, find_model, model_files
 from qlora_pipe.stages import (
+    align,
     allocate,
     calibrate,
     compact,
@@ -50,6 +51,7 @@ STAGES = (
     refine.STAGE,
     select.STAGE,
     prune.STAGE,
+    align.STAGE,
     train.STAGE,
     compact.STAGE,
     recover.STAGE,

@@ -168,8 +168,18 @@ class Adapter(Optimisation):
     alpha: Rate = Field(32.0, description="the adapter is scaled by alpha / rank")
 
 
+class Align(Adapter):
+    """Slot C: LoRA on generic text, which makes up for what pruning removed; the full model does not get it."""
+
+    enabled: bool = Field(False, description="true: train it; the task's adapter is then trained on top")
+    teacher: Literal["original", "none"] = Field(
+        "original", description="whose predictions it learns: the original model's, or none but the text itself"
+    )
+    top: Positive = Field(64, description="next tokens that are learnt one by one from the teacher, the rest as one")
+
+
 class Train(Adapter):
-    """Slot T: additive LoRA on the sliced Q + L1 L2."""
+    """Slot T: additive LoRA on the sliced Q + L1 L2, and on slot C if there is one."""
 
 
 class Compact(Adapter):
@@ -230,6 +240,7 @@ class Config(Section):
     decompose: Decompose = Field(default_factory=Decompose)
     refine: Refine = Field(default_factory=Refine)
     prune: Prune = Field(default_factory=Prune)
+    align: Align = Field(default_factory=Align)
     train: Train = Field(default_factory=Train)
     compact: Compact = Field(default_factory=Compact)
     recover: Recover = Field(default_factory=Recover)

@@ -28,6 +28,7 @@ CHAIN = (
     "refine",
     "select",
     "prune",
+    "align",
     "train",
     "compact",
     "recover",
@@ -117,6 +118,10 @@ class Known:
     def integers(self) -> layouts.Tensors:
         return layouts.integers(self.small, self.dtypes, self.config.compact)
 
+    def compensation(self) -> layouts.Tensors:
+        """Slot C."""
+        return layouts.adapter(self.small, self.config.align.rank)
+
     def adapter(self) -> layouts.Tensors:
         return layouts.adapter(self.small, self.config.train.rank)
 
@@ -127,8 +132,10 @@ class Known:
         return layouts.adapter(self.architecture, self.compact_rank())
 
     def compact_rank(self) -> int:
-        """A warm start takes over the trained adapter, and with it its rank."""
-        return self.config.train.rank if self.config.compact.warm_start else self.config.compact.rank
+        """A warm start takes over what was trained before, slots C and T, and with it the rank."""
+        if not self.config.compact.warm_start:
+            return self.config.compact.rank
+        return self.config.train.rank + (self.config.align.rank if self.config.align.enabled else 0)
 
     def compact_adapter(self) -> layouts.Tensors:
         return layouts.adapter(self.small, self.compact_rank())
@@ -142,6 +149,8 @@ class Known:
             return {"model": self.decomposed()}
         if stage == "prune":
             return {"model": self.pruned()}
+        if stage == "align" and config.align.enabled:
+            return {"adapter": self.compensation()}
         if stage == "train":
             return {"adapter": self.adapter()}
         if stage == "compact" and config.compact.enabled:
@@ -179,7 +188,8 @@ class Known:
         """Whose weights a stage reads; `source` stands for the original model."""
         compact = ("compact",) if self.config.compact.enabled else ()
         deployed = (self.full_packed,) if self.config.recover.base == "decomposed" else ()
-        trained = compact or ("prune", "train")
+        small = ("prune", "align") if self.config.align.enabled else ("prune",)
+        trained = compact or (*small, "train")
         found: dict[str, tuple[str, ...]] = {
             "source": ("source",),
             "calibrate": ("source",),
@@ -188,11 +198,12 @@ class Known:
             "refine": ("source", "decompose") if self.config.refine.enabled else (),
             "select": (self.full_packed, "calibrate"),
             "prune": (self.full_packed,),
-            "train": ("prune",),
-            "compact": ("source", "train") if compact else (),
-            "recover": ("source", "prune", "train", *compact, *deployed),
+            "align": ("prune",) if self.config.align.enabled else (),
+            "train": small,
+            "compact": ("source", *small[1:], "train") if compact else (),
+            "recover": ("source", *small, "train", *compact, *deployed),
             "export": ("source", "recover", *trained, *deployed),
-            "evaluate": ("source", self.full_packed, "prune", "train", *compact, "recover"),
+            "evaluate": ("source", self.full_packed, *small, "train", *compact, "recover"),
         }
         return found.get(stage, ())
 

@@ -75,9 +75,14 @@ def _work(stage: str, known: Known) -> _Work:
         return _Work(0, max(matrix, stream))
     if stage == "refine" and config.refine.enabled:
         return _Work(_refinement(known), stream)
+    compensation = layouts.tensor_bytes(known.compensation()) if config.align.enabled else 0
+    packed = layouts.tensor_bytes(known.pruned())
+    if stage == "align" and config.align.enabled:
+        asking, targets = _teaching(known)
+        training = packed + _TRAINED_COPIES * compensation + _batch(known, config.align)
+        return _Work(max(asking, targets + training), stream)
     if stage == "train":
-        packed = layouts.tensor_bytes(known.pruned())
-        return _Work(packed + _TRAINED_COPIES * adapter + _batch(known, config.train), stream)
+        return _Work(packed + compensation + _TRAINED_COPIES * adapter + _batch(known, config.train), stream)
     if stage == "compact" and config.compact.enabled:
         steps = sum(spec.nbytes for name, spec in known.integers().items() if name.endswith(".scale"))
         trained = layouts.tensor_bytes(known.compact_adapter()) + steps
@@ -107,6 +112,21 @@ def _calibration(known: Known) -> int:
     inputs = _FLOAT * tokens * sum(readers) // len(full.layers)
     backward = max(_kept(full, tokens, known) // len(full.layers) + _held(inputs, known), _head(known, tokens))
     return width * (outer + 2 * layer) + norms + gates + max(backward, _passing(full, tokens) + sums)
+
+
+def _teaching(known: Known) -> tuple[int, int]:
+    """While the teacher is asked: embedding and head, one layer, hidden states of all tokens and a pass through the
+    layer; and what stays, 8 bytes for each likely token. Nothing without a teacher."""
+    full, settings = known.architecture, known.config.align
+    if settings.teacher == "none":
+        return 0, 0
+    tokens = settings.steps * settings.batch_size * settings.accumulation * settings.length
+    outer = sum(math.prod(shape) for name, shape in full.tensors().items() if not name.startswith("model.layers."))
+    layer = (_parameters(full) - outer) // len(full.layers)
+    together = min(tokens, max(CALIBRATION_TOKENS, settings.length))
+    targets = 8 * settings.top * tokens
+    working = max(_passing(full, together), _head(known, together))
+    return _width(known) * (outer + layer + tokens * full.hidden) + working + targets, targets
 
 
 def _refinement(known: Known) -> int:

@@ -1,6 +1,8 @@
 """A random tiny model with a byte tokenizer, and configurations for it: plumbing, never quality."""
 
 import json
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +10,13 @@ import torch
 import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from qlora_pipe.allocation import read_allocation
+from qlora_pipe.artifacts.store import Artifact
+from qlora_pipe.config import Config
+from qlora_pipe.events import Reporter
+from qlora_pipe.plan import know
+from qlora_pipe.stages.base import Context
 
 SIZES = {
     "hidden_size": 64,
@@ -93,3 +102,12 @@ def save_settings(folder: Path, **changes: Any) -> Path:
     path = folder / "tiny.yaml"
     path.write_text(yaml.safe_dump(tiny_settings(folder, **changes)))
     return path
+
+
+def context_of(config: Config, artifacts: Mapping[str, Artifact]) -> Context:
+    """What a stage would see that comes after `artifacts`."""
+    place = Path(str(config.run))
+    base = (place / "base").resolve()
+    made = Context(config, know(config, base), base, artifacts, place, place, Reporter(json_lines=True))
+    allocation = read_allocation(made.read_json("allocate", "allocation.json"))
+    return replace(made, known=made.known.with_allocation(allocation))

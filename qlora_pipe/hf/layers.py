@@ -1,17 +1,20 @@
 """One decoder layer at a time: a model whose blocks come from disk when they run and are gone after."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from qlora_pipe.architectures import MODULE, Architecture
 from qlora_pipe.hf.loss import summed_loss
 from qlora_pipe.hf.model import LinearOf, TensorOf, empty_model, finished, put_module, put_tensor
+
+T = TypeVar("T")
 
 Batch = dict[str, Tensor]
 """input_ids, attention_mask and labels, each [rows, tokens]."""
@@ -88,10 +91,14 @@ class LayerStream:
 
     def loss(self, hidden: Tensor, batch: Batch) -> Tensor:
         """Summed loss of a batch, given what leaves the last layer [rows, tokens, hidden]."""
+        return self.finish(summed_loss, hidden, batch)
+
+    def finish(self, function: Callable[[PreTrainedModel, Batch], T], hidden: Tensor, batch: Batch) -> T:
+        """`function` of the model and a batch, where `hidden` is what leaves the last layer."""
         boundaries = self._boundaries()
         boundaries[-1].replacement = hidden
         try:
-            return summed_loss(self._shell, batch)
+            return function(self._shell, batch)
         finally:
             for boundary in boundaries:
                 boundary.forget()

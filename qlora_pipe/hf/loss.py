@@ -38,14 +38,10 @@ def summed_loss(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
     The head sees scored positions only, 256 at a time, recomputed in the backward pass. Peak bytes beyond the hidden
     states: about 4 x 256 x vocabulary floats.
     """
-    hidden = model.model(
-        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
-    ).last_hidden_state
     targets = batch["labels"][:, 1:]
-    keep = targets != IGNORED
-    states, wanted = hidden[:, :-1][keep], targets[keep]
+    states, wanted = predicting_states(model, batch), targets[targets != IGNORED]
     head = model.get_output_embeddings()
-    cap = getattr(model.config, "final_logit_softcapping", None)
+    cap = cap_of(model)
     total = states.new_zeros(())
     for start in range(0, len(wanted), HEAD_ROWS):
         part = (head, cap, states[start : start + HEAD_ROWS], wanted[start : start + HEAD_ROWS])
@@ -58,11 +54,9 @@ def summed_loss(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
 def summed_divergence(teacher: PreTrainedModel, model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
     """Summed Kullback-Leibler divergence of the model's next-token predictions from the teacher's, over the positions
     whose label is not IGNORED, a scalar; differentiable in the model. Peak bytes: as `summed_loss`, twice."""
-    keep = batch["labels"][:, 1:] != IGNORED
-    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "use_cache": False}
     with torch.no_grad():
-        wanted = teacher.model(**inputs).last_hidden_state[:, :-1][keep]
-    states = model.model(**inputs).last_hidden_state[:, :-1][keep]
+        wanted = predicting_states(teacher, batch)
+    states = predicting_states(model, batch)
     total = states.new_zeros(())
     for start in range(0, len(states), HEAD_ROWS):
         part = slice(start, start + HEAD_ROWS)
@@ -89,17 +83,32 @@ def score(model: PreTrainedModel, rows: Sequence[Row], *, batch_tokens: int = EV
 
 
 def _head_loss(head: nn.Module, cap: float | None, states: Tensor, wanted: Tensor) -> Tensor:
-    return functional.cross_entropy(_logits(head, cap, states), wanted, reduction="sum")
+    return functional.cross_entropy(logits_of(head, cap, states), wanted, reduction="sum")
 
 
 def _head_divergence(model: PreTrainedModel, teacher: PreTrainedModel, states: Tensor, wanted: Tensor) -> Tensor:
-    cap = getattr(model.config, "final_logit_softcapping", None)
-    found = _logits(model.get_output_embeddings(), cap, states).log_softmax(dim=-1)
+    cap = cap_of(model)
+    found = logits_of(model.get_output_embeddings(), cap, states).log_softmax(dim=-1)
     with torch.no_grad():
-        target = _logits(teacher.get_output_embeddings(), cap, wanted).log_softmax(dim=-1)
+        target = logits_of(teacher.get_output_embeddings(), cap, wanted).log_softmax(dim=-1)
     return functional.kl_div(found, target, reduction="sum", log_target=True)
 
 
-def _logits(head: nn.Module, cap: float | None, states: Tensor) -> Tensor:
+def logits_of(head: nn.Module, cap: float | None, states: Tensor) -> Tensor:
+    """fp32 logits of final hidden states, capped as Gemma 2 does."""
     logits: Tensor = head(states).float()
     return cap * torch.tanh(logits / cap) if cap else logits
+
+
+def cap_of(model: PreTrainedModel) -> float | None:
+    """The bound of its logits, if it has one."""
+    cap: float | None = getattr(model.config, "final_logit_softcapping", None)
+    return cap
+
+
+def predicting_states(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
+    """Final hidden states [positions, hidden] at the positions before those whose label is not IGNORED."""
+    hidden: Tensor = model.model(
+        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
+    ).last_hidden_state
+    return hidden[:, :-1][batch["labels"][:, 1:] != IGNORED]

@@ -17,7 +17,8 @@ MODELS = {
     "base": "the original model",
     "decomposed": "quantised plus low rank, full shape",
     "pruned": "the same with groups removed",
-    "trained-small": "pruned, with its adapter",
+    "aligned": "pruned, made up for on generic text",
+    "trained-small": "the small model with the task's adapter",
     "compact": "small integer model, as trained",
     "full+recovered": "original with the recovered adapter",
     "decomposed+recovered": "decomposed with the recovered adapter",
@@ -187,7 +188,7 @@ def read_facts(run: Path) -> Facts:
         raise ArtifactError(f"{run}: expected a run folder, found none; run the chain first")
     manifests = {name: read_manifest(run / name) for name in CHAIN if (run / name).exists()}
     text = _text(run / "config.yaml")
-    histories = {name: read_json(run / name / "history.json") for name in ("train", "compact")}
+    histories = {name: read_json(run / name / "history.json") for name in ("align", "train", "compact")}
     skipped = {name: read_json(run / name / "skipped.json") for name in manifests}
     kept = read_json(run / "select" / "kept.json")
     return Facts(

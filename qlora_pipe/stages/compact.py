@@ -5,9 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qlora_pipe.artifacts.tensors import TensorReader
 from qlora_pipe.config import Config
 from qlora_pipe.stages.base import Context, Stage, computing
-from qlora_pipe.stages.models import Make, l4q_modules, sliced_base_model
+from qlora_pipe.stages.models import Make, compensation, l4q_modules, sliced_base_model
 from qlora_pipe.stages.packing import read_factors
 from qlora_pipe.stages.train import fit, strength
 from quant.fakequant import L4QLinear
@@ -32,19 +33,19 @@ def run(context: Context) -> None:
 
 
 def compact_strength(context: Context) -> float:
-    """What multiplies B A in the L4Q layers: the trained adapter's scale if they start from it."""
+    """What multiplies B A in the L4Q layers: that of slot T if they start from it."""
     settings = context.config.compact
     return strength(context) if settings.warm_start else settings.alpha / settings.rank
 
 
 def _l4q_maker(context: Context) -> Make:
-    """(name, weight, bias) to an L4Q layer; with a warm start its factors begin as the trained adapter's."""
+    """(name, weight, bias) to an L4Q layer; with a warm start its factors begin as slots C and T side by side."""
     settings = context.config.compact
     generator = torch.Generator().manual_seed(context.config.seed)
     adapter = context.reader("train", "adapter")
 
     def make(name: str, weight: Tensor, bias: Tensor | None) -> nn.Module:
-        start = read_factors(adapter.read, name) if settings.warm_start else None
+        start = _warm_start(context, adapter, name) if settings.warm_start else None
         return L4QLinear(
             weight,
             bias,
@@ -58,6 +59,15 @@ def _l4q_maker(context: Context) -> Make:
         )
 
     return make
+
+
+def _warm_start(context: Context, adapter: TensorReader, name: str) -> tuple[Tensor, Tensor]:
+    """Factors of which `compact_strength` times B A is what slots C and T add to the weight."""
+    lora_a, lora_b = read_factors(adapter.read, name)
+    if not context.config.align.enabled:
+        return lora_a, lora_b
+    slot_a, slot_b = compensation(context, name)
+    return torch.cat([slot_a, lora_a]), torch.cat([slot_b / strength(context), lora_b], dim=1)
 
 
 def _write(context: Context, modules: dict[str, L4QLinear]) -> None:
@@ -86,8 +96,8 @@ def compact_settings(config: Config) -> dict[str, Any]:
 
 STAGE = Stage(
     "compact",
-    1,
-    ("source", "select", "prune", "train"),
+    2,
+    ("source", "select", "prune", "align", "train"),
     compact_settings,
     run,
     lambda config: {"task": config.data.task},

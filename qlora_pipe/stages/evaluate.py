@@ -13,7 +13,14 @@ from qlora_pipe.hf.loss import score
 from qlora_pipe.hf.model import Model
 from qlora_pipe.hf.tokens import Row, load_tokenizer, rows, take
 from qlora_pipe.stages.base import Context, Stage, computing
-from qlora_pipe.stages.models import base_model, decomposed_model, integer_model, pruned_model, with_adapter
+from qlora_pipe.stages.models import (
+    aligned_model,
+    base_model,
+    decomposed_model,
+    integer_model,
+    pruned_model,
+    with_adapter,
+)
 from qlora_pipe.stages.recover import heldout_rows
 from qlora_pipe.stages.train import strength
 
@@ -71,8 +78,10 @@ def _models(context: Context) -> Iterator[tuple[str, Model]]:
     yield "base", base_model(context)
     yield "decomposed", decomposed_model(context)
     yield "pruned", pruned_model(context)
+    if context.config.align.enabled:
+        yield "aligned", aligned_model(context)
     small = context.reader("train", "adapter")
-    yield "trained-small", pruned_model(context, with_adapter(small.read, strength(context), context.dtype))
+    yield "trained-small", aligned_model(context, with_adapter(small.read, strength(context), context.dtype))
     if context.config.compact.enabled:
         yield "compact", integer_model(context, context.reader("compact"))
     full = context.reader("recover", "adapter")
@@ -97,14 +106,17 @@ def _sizes(context: Context) -> dict[str, dict[str, Any]]:
 
     full, small = known.architecture.linear_weights(), known.small.linear_weights()
     decomposed, pruned = sum(known.files(known.full_packed).values()), sum(known.files("prune").values())
-    extra_small = layouts.tensor_bytes(known.adapter())
+    aligned, slot = known.files("align"), layouts.tensor_bytes(known.outputs("align").get("adapter", {}))
+    extra_small = layouts.tensor_bytes(known.adapter()) + slot
     extra_full = layouts.tensor_bytes(known.full_adapter())
     found = {
         "base": size(base, base_file, full),
         "decomposed": size(known.decomposed(), decomposed, full),
         "pruned": size(known.pruned(), pruned, small),
-        "trained-small": size(known.pruned(), pruned + sum(adapter.values()), small, extra_small),
+        "trained-small": size(known.pruned(), pruned + sum((*aligned.values(), *adapter.values())), small, extra_small),
     }
+    if aligned:
+        found["aligned"] = size(known.pruned(), pruned + sum(aligned.values()), small, slot)
     if context.config.compact.enabled:
         found["compact"] = size(known.integers(), sum(folder_files(known.integers()).values()), small)
     found["full+recovered"] = size(base, base_file + full_adapter, full, extra_full)
@@ -114,8 +126,8 @@ def _sizes(context: Context) -> dict[str, dict[str, Any]]:
 
 STAGE = Stage(
     "evaluate",
-    1,
-    ("source", "allocate", "decompose", "refine", "prune", "train", "compact", "recover"),
+    2,
+    ("source", "allocate", "decompose", "refine", "prune", "align", "train", "compact", "recover"),
     lambda config: (
         computing(config)
         | config.evaluate.model_dump(mode="json")

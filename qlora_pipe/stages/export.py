@@ -112,16 +112,18 @@ def _integers(context: Context) -> Read:
 
 
 def _small(context: Context) -> Read:
-    """The pruned model with its adapter merged."""
-    small = context.known.small
+    """The pruned model with its adapters merged."""
+    small, align = context.known.small, context.config.align
     dense = _dequantised(context, "prune", small)
+    if align.enabled:
+        dense = _adapted(dense, small, context.reader("align", "adapter"), align.alpha / align.rank)
     return _adapted(dense, small, context.reader("train", "adapter"), strength(context))
 
 
 STAGE = Stage(
     "export",
-    1,
-    ("source", "allocate", "decompose", "refine", "prune", "train", "compact", "recover"),
+    2,
+    ("source", "allocate", "decompose", "refine", "prune", "align", "train", "compact", "recover"),
     lambda config: (
         config.export.model_dump(mode="json")
         | {"compact": config.compact.enabled, "base": config.recover.base, "alpha": config.train.alpha}

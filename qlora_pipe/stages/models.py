@@ -66,6 +66,20 @@ def pruned_model(context: Context, wrap: Wrap | None = None, *, dense: bool = Tr
     return _from_packed(context, "prune", context.known.small, wrap, dense=dense)
 
 
+def aligned_model(context: Context, wrap: Wrap | None = None, *, dense: bool = True) -> Model:
+    """The same with slot C, frozen, if it was trained: what the task's adapter is trained on."""
+    if not context.config.align.enabled:
+        return pruned_model(context, wrap, dense=dense)
+    return _from_packed(context, "prune", context.known.small, wrap, dense=dense, slot=partial(compensation, context))
+
+
+def compensation(context: Context, name: str) -> tuple[Tensor, Tensor]:
+    """Slot C of one linear map, fp32 A [rank, in] and B [out, rank], its scaling in B."""
+    settings = context.config.align
+    lora_a, lora_b = read_factors(context.reader("align", "adapter").read, name)
+    return lora_a, lora_b * (settings.alpha / settings.rank)
+
+
 def integer_model(context: Context, reader: TensorReader) -> Model:
     """The trained L4Q model from its stored integers, made dense. Peak bytes: the small dense model."""
     small = context.known.small
@@ -130,7 +144,9 @@ def l4q_modules(model: Model) -> dict[str, L4QLinear]:
 
 def packed_modules(model: Model) -> dict[str, PackedLinear]:
     """Name to module of every packed linear map of the blocks."""
-    maps = {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
+    maps = {
+        name.removesuffix(".base"): module for name, module in model.named_modules() if isinstance(module, PackedLinear)
+    }
     maps.pop(HEAD, None)
     return maps
 
@@ -181,15 +197,31 @@ def _other(context: Context, reader: TensorReader) -> TensorOf:
     return other
 
 
-def _from_packed(context: Context, stage: str, architecture: Architecture, wrap: Wrap | None, *, dense: bool) -> Model:
+def _from_packed(
+    context: Context,
+    stage: str,
+    architecture: Architecture,
+    wrap: Wrap | None,
+    *,
+    dense: bool,
+    slot: Callable[[str], tuple[Tensor, Tensor]] | None = None,
+) -> Model:
+    """`slot` gives A and B, to be added to the map of that name for good: frozen beside a packed one, merged into a
+    dense one."""
     reader = context.reader(stage)
 
     def linear(layer: int, role: str, name: str) -> nn.Module:
         packed = packed_map(context, reader, stage, layer, role)
+        lora_a, lora_b = slot(name) if slot else (None, None)
         if not dense:
-            return packed
+            if lora_a is None or lora_b is None:
+                return packed
+            return AdaptedLinear(packed, lora_a.to(context.dtype), lora_b.to(context.dtype), 1.0)
+        weight = packed.dequantized()
+        if lora_a is not None and lora_b is not None:
+            weight.addmm_(lora_b, lora_a)
         bias = None if packed.bias is None else packed.bias.to(context.dtype)
-        return dense_linear(packed.dequantized().to(context.dtype), bias)
+        return dense_linear(weight.to(context.dtype), bias)
 
     return _build(context, architecture, linear, reader, wrap, dense=dense)
 

@@ -14,10 +14,10 @@ from qlora_pipe.hf.tokens import Row, load_tokenizer, rows
 from qlora_pipe.stages.base import Context, Stage, computing
 from qlora_pipe.stages.compact import compact_settings, compact_strength
 from qlora_pipe.stages.models import (
+    aligned_model,
     base_model,
     decomposed_model,
     integer_model,
-    pruned_model,
     sliced_base_model,
     with_adapter,
 )
@@ -88,8 +88,8 @@ def _loss_by_scale(context: Context, chosen: list[Row]) -> dict[float, float]:
 
 
 def _small_losses(context: Context, chosen: list[Row]) -> tuple[float, float]:
-    """Held-out loss of the small model without and with its adapter."""
-    model = pruned_model(context, with_adapter(context.reader("train", "adapter").read, 0.0, context.dtype))
+    """Held-out loss of the small model, slot C included, without and with its adapter."""
+    model = aligned_model(context, with_adapter(context.reader("train", "adapter").read, 0.0, context.dtype))
     without = score(model, chosen).loss
     set_strength(model, strength(context))
     return without, score(model, chosen).loss
@@ -124,8 +124,8 @@ def _verdict(report: dict[str, Any]) -> str:
 
 STAGE = Stage(
     "recover",
-    1,
-    ("source", "allocate", "decompose", "refine", "select", "prune", "train", "compact"),
+    2,
+    ("source", "allocate", "decompose", "refine", "select", "prune", "align", "train", "compact"),
     lambda config: (
         computing(config)
         | config.recover.model_dump(mode="json")

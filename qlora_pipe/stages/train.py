@@ -1,26 +1,31 @@
-"""train: slot T, additive LoRA on the sliced Q + L1 L2, on the packed base."""
+"""train: slot T, additive LoRA on the sliced Q + L1 L2 and slot C, on the packed base."""
 
 import torch
 
 from qlora_pipe import datasets, layouts
-from qlora_pipe.config import Dataset, Optimisation
+from qlora_pipe.config import Adapter, Dataset, Optimisation
 from qlora_pipe.hf.loss import summed_loss
 from qlora_pipe.hf.model import Model
-from qlora_pipe.hf.tokens import load_tokenizer, rows
+from qlora_pipe.hf.tokens import Row, load_tokenizer, rows
 from qlora_pipe.hf.training import SummedLoss, train
 from qlora_pipe.stages.base import Context, Stage, computing
-from qlora_pipe.stages.models import packed_modules, pruned_model
+from qlora_pipe.stages.models import aligned_model, packed_modules
 
 
 def run(context: Context) -> None:
     """Peak bytes: the packed small model, the adapter with its optimiser state, activations of one batch."""
-    settings = context.config.train
-    model = pruned_model(context, dense=False)
+    fit_adapter(context, aligned_model(context, dense=False), context.config.data.task, context.config.train)
+
+
+def fit_adapter(
+    context: Context, model: Model, dataset: Dataset, settings: Adapter, loss: SummedLoss = summed_loss
+) -> None:
+    """Train an adapter of every packed map on a data set; write its factors, and the log of the steps."""
     generator = torch.Generator().manual_seed(context.config.seed)
     modules = packed_modules(model)
     for module in modules.values():
         module.attach_adapter(settings.rank, settings.alpha, generator)
-    log = fit(context, model, context.config.data.task, settings)
+    log = fit(context, model, dataset, settings, loss=loss)
     with context.writer(layouts.adapter(context.known.small, settings.rank), stem="adapter") as writer:
         for name, module in modules.items():
             assert module.task_a is not None
@@ -38,13 +43,10 @@ def fit(
     step_rate: float | None = None,
     loss: SummedLoss = summed_loss,
 ) -> list[dict[str, float]]:
-    """Train what requires a gradient on the first rows of the data set's training part; the log of the steps."""
-    records = datasets.load(dataset, "train", context.config.seed)
-    count = settings.steps * settings.batch_size * settings.accumulation
-    tokenizer = load_tokenizer(context.base)
+    """Train what requires a gradient on `training_rows`; the log of the steps."""
     return train(
         model,
-        rows(tokenizer, records, length=settings.length, count=count, name=dataset.source),
+        training_rows(context, dataset, settings),
         settings,
         work=context.work,
         seed=context.config.seed,
@@ -55,6 +57,13 @@ def fit(
     )
 
 
+def training_rows(context: Context, dataset: Dataset, settings: Optimisation) -> list[Row]:
+    """The first rows of the data set's training part, as many as all steps take."""
+    count = settings.steps * settings.batch_size * settings.accumulation
+    records = datasets.load(dataset, "train", context.config.seed)
+    return rows(load_tokenizer(context.base), records, length=settings.length, count=count, name=dataset.source)
+
+
 def strength(context: Context) -> float:
     """alpha / rank of the trained adapter."""
     return context.config.train.alpha / context.config.train.rank
@@ -62,8 +71,8 @@ def strength(context: Context) -> float:
 
 STAGE = Stage(
     "train",
-    1,
-    ("source", "allocate", "prune"),
+    2,
+    ("source", "allocate", "prune", "align"),
     lambda config: computing(config) | config.train.model_dump(mode="json", exclude={"save_steps"}),
     run,
     lambda config: {"task": config.data.task},

@@ -100,7 +100,7 @@ def test_a_changed_setting_is_named_and_reruns_what_follows(tmp_path: Path) -> N
     recorder = Recorder()
     compile_model(load(config, ("prune.ffn_ratio=0.5",)), recorder)
     made = [line.partition(":")[0] for line in recorder.lines if ": made:" in line]
-    assert made == ["select", "prune", "train", "compact", "recover", "export", "evaluate"]
+    assert made == ["select", "prune", "align", "train", "compact", "recover", "export", "evaluate"]
     assert "select: changed: ffn_ratio changed: 0.3 -> 0.5" in recorder.lines
     assert "train: changed: runs again because prune changed" in recorder.lines
 

@@ -33,11 +33,12 @@ INPUTS = {
     "refine": ("source", "allocate", "decompose"),
     "select": ("source", "calibrate", "allocate", "decompose", "refine"),
     "prune": ("source", "allocate", "decompose", "refine", "select"),
-    "train": ("source", "allocate", "prune"),
-    "compact": ("source", "select", "prune", "train"),
-    "recover": ("source", "allocate", "decompose", "refine", "select", "prune", "train", "compact"),
-    "export": ("source", "allocate", "decompose", "refine", "prune", "train", "compact", "recover"),
-    "evaluate": ("source", "allocate", "decompose", "refine", "prune", "train", "compact", "recover"),
+    "align": ("source", "allocate", "prune"),
+    "train": ("source", "allocate", "prune", "align"),
+    "compact": ("source", "select", "prune", "align", "train"),
+    "recover": ("source", "allocate", "decompose", "refine", "select", "prune", "align", "train", "compact"),
+    "export": ("source", "allocate", "decompose", "refine", "prune", "align", "train", "compact", "recover"),
+    "evaluate": ("source", "allocate", "decompose", "refine", "prune", "align", "train", "compact", "recover"),
 }
 PERPLEXITY = {
     "base": 21.4,
@@ -186,6 +187,9 @@ class RunBuilder:
 
     def _prune(self, out: Path) -> None:
         self._tensors(out, self.known.pruned())
+
+    def _align(self, out: Path) -> None:
+        self._json(out, "align", "skipped.json", {"reason": "align.enabled is false"})
 
     def _train(self, out: Path) -> None:
         self.small = self._tensors(out, self.known.adapter(), "adapter")

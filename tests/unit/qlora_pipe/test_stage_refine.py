@@ -5,10 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import save_settings, save_texts, save_tiny_model
+from tiny import context_of, save_settings, save_texts, save_tiny_model
 
 from qlora_pipe import datasets
-from qlora_pipe.allocation import read_allocation
 from qlora_pipe.artifacts.store import Artifact
 from qlora_pipe.artifacts.tensors import TensorReader
 from qlora_pipe.compile import compile_model
@@ -16,8 +15,6 @@ from qlora_pipe.config_file import load
 from qlora_pipe.events import Reporter
 from qlora_pipe.hf.loss import summed_divergence
 from qlora_pipe.hf.tokens import collate, load_tokenizer, rows
-from qlora_pipe.plan import know
-from qlora_pipe.stages.base import Context
 from qlora_pipe.stages.models import base_model, decomposed_model
 from qlora_pipe.verify import verify_path
 
@@ -45,19 +42,9 @@ def artifacts(config: Path) -> dict[str, Artifact]:
     return compile_model(load(config, REFINE), Reporter(json_lines=True), until="prune")
 
 
-def context(config: Path, artifacts: dict[str, Artifact], *overrides: str) -> Context:
-    settings = load(config, overrides)
-    assert settings.run is not None
-    base = (Path(settings.run) / "base").resolve()
-    place = Path(settings.run)
-    made = Context(settings, know(settings, base), base, artifacts, place, place, Reporter(json_lines=True))
-    allocation = read_allocation(made.read_json("allocate", "allocation.json"))
-    return Context(settings, made.known.with_allocation(allocation), base, artifacts, place, place, made.reporter)
-
-
 def divergence(config: Path, artifacts: dict[str, Artifact], *overrides: str) -> float:
     """Of the full decomposed model from the original, per token of the calibration text."""
-    seen = context(config, artifacts, *overrides)
+    seen = context_of(load(config, overrides), artifacts)
     dataset = seen.config.data.calibration
     batch = collate(
         rows(load_tokenizer(seen.base), datasets.load(dataset, "train", 0), length=48, count=8, name=dataset.source)
