@@ -277,10 +277,9 @@ def check_shapes(architecture: Architecture, config: Config) -> None:
 
 def _every_width(architecture: Architecture, config: Config) -> Iterator[Architecture]:
     """Where scores decide on widths: models that have all that may be left of a layer."""
-    free = prunable(architecture, config.prune)
-    if config.prune.widths == "uniform" or not free:
+    if config.prune.widths == "uniform" or not config.prune.removes:
         return
-    for shape in {architecture.layers[layer] for layer in free}:
+    for shape in {architecture.layers[layer] for layer in prunable(architecture, config.prune)}:
         for kv_heads, ffn in zip_longest(*(offered(shape, kind, config.prune) for kind in ("kv", "ffn"))):
             yield architecture.with_layers([narrowed(shape, kv_heads or shape.kv_heads, ffn or shape.ffn)])
 

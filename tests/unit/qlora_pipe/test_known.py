@@ -310,11 +310,17 @@ def test_widths_that_scores_decide_are_a_guess_until_they_are_selected(tiny: Arc
 
 
 def test_every_width_that_may_be_chosen_suits_the_integer_groups(tiny: Architecture) -> None:
-    given = {"prune": {"ratio": 0.3, "widths": "allocated", "align": 32}, "export": {"small": False}}
-    check_shapes(tiny, configure(compact={"group_size": 32}, **given))
-    given["prune"]["align"] = 16
-    with pytest.raises(ConfigError, match=r"group_size 32 does not divide the \d+ inputs of the pruned down"):
-        check_shapes(tiny, configure(compact={"group_size": 32}, **given))
+    given = {"compact": {"group_size": 32}, "export": {"small": False}}
+    for align in (16, 32):
+        prune = {"ratio": 0.25, "align": align}
+        check_shapes(tiny, configure(prune=prune, **given))
+        allocated = configure(prune={**prune, "widths": "allocated"}, **given)
+        if align == 32:
+            check_shapes(tiny, allocated)
+        else:
+            with pytest.raises(ConfigError, match="group_size 32 does not divide the 16 inputs of the pruned down"):
+                check_shapes(tiny, allocated)
+            check_shapes(tiny, configure(prune={**prune, "widths": "allocated", "ratio": 0.0}, **given))
 
 
 def test_means_and_gates_are_planned_where_columns_are_pruned(tiny: Architecture) -> None:

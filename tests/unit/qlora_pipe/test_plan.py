@@ -129,6 +129,15 @@ def test_calibration_plans_for_its_covariances(folder: Path, tmp_path: Path) -> 
     assert 0.7 * 8 * 1024**2 < with_sums - without <= 8 * (1024**2 + 3 * 64**2)
 
 
+def test_calibration_plans_for_the_gates_of_every_sequence(folder: Path) -> None:
+    many, few = (
+        peaks(folder, "calibrate", f"calibrate.sequences={count}", f"calibrate.length={256 // count}")[0]
+        for count in (64, 4)
+    )
+    # 64 inputs of o and 192 of down in 4 layers, float64.
+    assert many - few == 8 * (64 - 4) * 4 * (64 + 192)
+
+
 def limited(folder: Path, *overrides: str) -> tuple[Config, Plan]:
     config = configure(folder, *overrides)
     return config, make_plan(config)

@@ -20,7 +20,7 @@ from prune.select import keep_best
 from qlora_pipe.architectures import FAMILIES, Architecture
 from qlora_pipe.config import Prune
 from qlora_pipe.errors import ArtifactError, ConfigError
-from qlora_pipe.selection import decide, read_index_map, recheck, record, scores_to_json, tabulate
+from qlora_pipe.selection import decide, pose, read_index_map, recheck, record, scores_to_json, tabulate
 from qlora_pipe.widths import parameters_to_go, small_architecture
 from solver import CertificateError, SolverError
 
@@ -117,6 +117,14 @@ def test_losses_are_sums_of_the_scores_that_go(method: str) -> None:
             expected = sum((value - lowest) * size for value in gone) if method == "flap" else sum(gone)
             assert row["loss"] == pytest.approx(expected, rel=1e-12, abs=1e-12)
         assert rows[-1]["loss"] == 0
+
+
+def test_what_may_stay_is_all_but_what_has_to_go() -> None:
+    model, prune = architecture(2), options()
+    table = tabulate(scores_of(model), model, prune)
+    whole = 2 * (2 * 8 * 12 + 12 * 24)
+    for to_go in (0, 1, 191, 192, 193):
+        assert pose(table, to_go).budget == whole - to_go
 
 
 def test_flap_takes_groups_below_one_threshold() -> None:

@@ -109,7 +109,19 @@ def test_the_largest_ratio_that_works_works(protect: int) -> None:
 def test_a_ratio_is_the_decimal_it_prints_as() -> None:
     model = architecture(10)
     wanted = parameters_to_go(model, settings(ratio=0.1))
-    assert wanted == -(-model.block_parameters() // 10)
+    assert wanted == model.block_parameters() // 10
+    assert parameters_to_go(model, settings(ratio=0.3)) == 3 * wanted
+    # A parameter is whole: of what is asked for nothing is left out.
+    assert parameters_to_go(model, settings(ratio=0.1000001)) == wanted + 1
+
+
+def test_one_parameter_more_than_groups_have_is_a_unit_more() -> None:
+    model = architecture(3)
+    whole, gone = model.block_parameters(), 3 * 64 * group_sizes(model, 0)["ffn"]
+    for more, kept in ((-0.5, (4, 192)), (0.5, (3, 192))):
+        small = small_architecture(model, settings(ratio=round((gone + more) / whole, 12)))
+        assert [(shape.kv_heads, shape.ffn) for shape in small.layers] == [kept] * 3
+        assert whole - small.block_parameters() >= gone + more
 
 
 def test_the_nearer_number_of_groups_wins() -> None:
