@@ -74,6 +74,22 @@ def test_planned_bytes_are_written_bytes(finished: Path) -> None:
         assert weights == stage["files"]
 
 
+@pytest.mark.parametrize("method", ["flap", "taylor"])
+def test_widths_that_the_solver_chose_go_through_the_chain(finished: Path, tmp_path: Path, method: str) -> None:
+    """Layers of different widths: trained, compacted and recovered, and every byte planned once they are known."""
+    overrides = ("prune.ratio=0.3", "prune.widths=allocated", f"prune.method={method}", "export.small=false")
+    run = tmp_path / "run"
+    artifacts = compile_model(load(finished / "tiny.yaml", (*overrides, f"run={run}")), Recorder())
+    assert tuple(artifacts) == CHAIN
+    assert len(list(verify_path(run))) == len(CHAIN)
+    body = json.loads((run / "select/selection.json").read_text())
+    assert 0.3 <= body["true_reduction"] < 0.4
+    for stage in json.loads((run / "plan.json").read_text())["stages"]:
+        written = read_manifest(run / stage["name"]).files
+        weights = {name: entry.bytes for name, entry in written.items() if ".safetensors" in name}
+        assert weights == stage["files"]
+
+
 def test_running_again_does_nothing_and_says_so(finished: Path) -> None:
     before, recorder = hashes(finished / "run"), Recorder()
     compile_model(load(finished / "tiny.yaml", ()), recorder)

@@ -150,6 +150,28 @@ def test_ratio_that_empties_a_layer(folder: Path, setting: str, word: str) -> No
     refused(run(folder, "--set", setting), folder, "ConfigError", "largest that works")
 
 
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["prune.ratio=0.9"], ["prune.ratio 0.9 would empty layers", "largest that works is 0.7"]),
+        (
+            ["prune.ratio=0.6", "prune.protect_first=1"],
+            ["protected layers and norms take", "works is 0.3"],
+        ),
+        (["prune.ratio=0.1", "prune.protect_first=2"], ["cover all 2 layers"]),
+        (
+            ["prune.ratio=0.1", "prune.widths=allocated", "prune.method=magnitude"],
+            ["magnitude", "across layers"],
+        ),
+        (["prune.widths=allocated"], ["prune", "set ratio"]),
+    ],
+)
+def test_reductions_that_cannot_be_had(folder: Path, settings: list[str], words: list[str]) -> None:
+    options = [part for setting in (*settings, "export.small=false") for part in ("--set", setting)]
+    refused(run(folder, *options), folder, "ConfigError", *words)
+    assert not (folder / "run/source").exists()
+
+
 def test_ratio_outside_its_range(folder: Path) -> None:
     refused(run(folder, "--set", "prune.ffn_ratio=1.0"), folder, "ConfigError", "prune.ffn_ratio")
 
