@@ -96,8 +96,10 @@ class Calibrate(Section):
 class Prune(Section):
     """Whole KV groups (with their query heads) and FFN channels."""
 
-    method: Literal["activation", "magnitude", "random"] = Field(
-        "activation", description="how groups are ranked; activation uses the calibration moments"
+    method: Literal["activation", "lora", "magnitude", "random"] = Field(
+        "activation",
+        description="how groups are ranked; activation uses the calibration moments, lora the gradients of slot C "
+        "while it is trained and groups are masked (LoRAPrune, see guide)",
     )
     ratio: Fraction | None = Field(
         None,
@@ -118,7 +120,7 @@ class Prune(Section):
         if self.widths == "allocated":
             if self.ratio is None:
                 raise ValueError("widths: allocated needs a budget: set ratio, the share of the parameters that goes")
-            if self.method in ("magnitude", "random"):
+            if self.method in ("lora", "magnitude", "random"):
                 raise ValueError(
                     f"method: {self.method} gives scores that cannot be compared across layers, which widths: "
                     "allocated does; choose activation, or widths: uniform"
@@ -166,6 +168,24 @@ class Adapter(Optimisation):
 
     rank: Positive = Field(16, description="rank of the adapter")
     alpha: Rate = Field(32.0, description="the adapter is scaled by alpha / rank")
+
+
+class Guide(Optimisation):
+    """prune.method lora: slot C learns generic text, and more and more groups are masked by what its gradients say."""
+
+    learning_rate: Rate = Field(1e-4, description="peak learning rate")
+    start: Fraction = Field(0.1, description="share of the steps before the first mask")
+    cooldown: Fraction = Field(0.1, description="share of the steps after the last mask")
+    interval: Positive = Field(10, description="steps between new masks")
+    decay: Fraction = Field(0.9, description="of the moving average of scores, at every step")
+    eta: Annotated[float, Field(ge=0)] = Field(
+        0.0, description="of the score's term that is quadratic in the gradients; 1 as published"
+    )
+    sides: Literal["matched", "published"] = Field(
+        "matched",
+        description="what slot C starts from; matched: in o and down B is random and A zero, so that columns, which "
+        "are what goes there, are told apart from the first step on; published: A is random and B zero everywhere",
+    )
 
 
 class Align(Adapter):
@@ -240,12 +260,18 @@ class Config(Section):
     decompose: Decompose = Field(default_factory=Decompose)
     refine: Refine = Field(default_factory=Refine)
     prune: Prune = Field(default_factory=Prune)
+    guide: Guide = Field(default_factory=Guide)
     align: Align = Field(default_factory=Align)
     train: Train = Field(default_factory=Train)
     compact: Compact = Field(default_factory=Compact)
     recover: Recover = Field(default_factory=Recover)
     export: Export = Field(default_factory=Export)
     evaluate: Evaluate = Field(default_factory=Evaluate)
+
+    @property
+    def compensates(self) -> bool:
+        """Whether the small model has a slot C: it is trained while pruning, or after, or both."""
+        return self.align.enabled or self.prune.method == "lora"
 
     @model_validator(mode="after")
     def _small_has_equal_widths(self) -> "Config":
