@@ -60,20 +60,26 @@ def magnitude(weights: Mapping[str, Tensor], shape: LayerShape) -> dict[str, Ten
     return gathered.scores()
 
 
-def activation(role: str, weight: Tensor, input_squares: Tensor, shape: LayerShape) -> Tensor:
+def activation(
+    role: str, weight: Tensor, input_squares: Tensor, shape: LayerShape, output_squares: Tensor | None = None
+) -> Tensor:
     """Scores of the groups that ``role`` ("o" for KV groups, "down" for FFN channels) reads, fp64 [groups].
 
     Score of a group = sum over its columns j of E[x_j^2] * ||W_:j||^2: the expected squared change of the layer's
     output when the group goes, if inputs are uncorrelated. It is Wanda's weight-times-activation score (arXiv
     2306.11695), squared and summed over what leaves together. ``weight`` [out, in]; ``input_squares`` [in], the mean
-    square of each input. Raises PruneError for a role whose columns are not pruned or a shape that does not fit. Peak
-    bytes: 16 * 256 * in.
+    square of each input. ``output_squares`` [out], the mean square of each output's gradient, weighs the output's
+    change by what it costs: then scores of different layers and kinds compare, for they estimate one loss (its second
+    order, with a diagonal Fisher). Raises PruneError for a role whose columns are not pruned or a shape that does not
+    fit. Peak bytes: 16 * 256 * in.
     """
     check_reader(role, weight, input_squares, shape)
-    return fold(role, column_sums(weight, 2) * input_squares.to(torch.float64), shape)
+    return fold(role, column_sums(weight, 2, output_squares) * input_squares.to(torch.float64), shape)
 
 
-def wanda(role: str, weight: Tensor, input_squares: Tensor, shape: LayerShape) -> Tensor:
+def wanda(
+    role: str, weight: Tensor, input_squares: Tensor, shape: LayerShape, output_squares: Tensor | None = None
+) -> Tensor:
     """Scores of the groups that ``role`` ("o" or "down") reads, as Wanda-sp gives them, fp64 [groups].
 
     Score of a group = sum over its columns j and all rows i of |W_ij| * sqrt(E[x_j^2]). Wanda (arXiv 2306.11695) takes
@@ -81,7 +87,7 @@ def wanda(role: str, weight: Tensor, input_squares: Tensor, shape: LayerShape) -
     by a constant factor. Arguments, errors and peak bytes as for ``activation``.
     """
     check_reader(role, weight, input_squares, shape)
-    return fold(role, column_sums(weight, 1) * input_squares.to(torch.float64).sqrt(), shape)
+    return fold(role, column_sums(weight, 1, output_squares) * input_squares.to(torch.float64).sqrt(), shape)
 
 
 def random(shape: LayerShape, generator: torch.Generator) -> dict[str, Tensor]:
@@ -92,9 +98,22 @@ def random(shape: LayerShape, generator: torch.Generator) -> dict[str, Tensor]:
     }
 
 
-def column_sums(weight: Tensor, power: Literal[1, 2]) -> Tensor:
-    """Magnitudes (power 1) or squares (2) of a weight [out, in] summed over its rows: fp64 [in]."""
-    return channel_sums(lambda start, stop: magnitudes(weight[start:stop], power), weight.shape[0], 1)
+def column_sums(weight: Tensor, power: Literal[1, 2], output_squares: Tensor | None = None) -> Tensor:
+    """Magnitudes (power 1) or squares (2) of a weight [out, in] summed over its rows: fp64 [in].
+
+    Rows are scaled by the roots of ``output_squares`` [out] first. Raises PruneError unless these fit and are not
+    negative.
+    """
+    if output_squares is None:
+        return channel_sums(lambda start, stop: magnitudes(weight[start:stop], power), weight.shape[0], 1)
+    if output_squares.shape != weight.shape[:1] or bool((output_squares < 0).any()):
+        raise PruneError(
+            f"expected {weight.shape[0]} mean squares of gradients, none negative, found {tuple(output_squares.shape)}"
+        )
+    scale = magnitudes(output_squares, 1).sqrt()[:, None] if power == 1 else magnitudes(output_squares, 1)[:, None]
+    return channel_sums(
+        lambda start, stop: magnitudes(weight[start:stop], power) * scale[start:stop], weight.shape[0], 1
+    )
 
 
 def check_reader(role: str, weight: Tensor, moments: Tensor, shape: LayerShape) -> None:

@@ -96,9 +96,9 @@ class Calibrate(Section):
 class Prune(Section):
     """Whole KV groups (with their query heads) and FFN channels."""
 
-    method: Literal["activation", "lora", "magnitude", "random"] = Field(
+    method: Literal["activation", "wanda", "flap", "taylor", "lora", "magnitude", "random"] = Field(
         "activation",
-        description="how groups are ranked; activation uses the calibration moments, lora the gradients of slot C "
+        description="how groups are ranked; the first four use the calibration moments, lora the gradients of slot C "
         "while it is trained and groups are masked (LoRAPrune, see guide)",
     )
     ratio: Fraction | None = Field(
@@ -123,7 +123,7 @@ class Prune(Section):
             if self.method in ("lora", "magnitude", "random"):
                 raise ValueError(
                     f"method: {self.method} gives scores that cannot be compared across layers, which widths: "
-                    "allocated does; choose activation, or widths: uniform"
+                    "allocated does; choose activation, wanda, flap or taylor, or widths: uniform"
                 )
         return self
 

@@ -14,7 +14,7 @@ from qlora_pipe.artifacts.layout import TensorSpec
 from qlora_pipe.artifacts.manifest import MANIFEST, Manifest, read_manifest
 from qlora_pipe.errors import ArtifactError, ConfigError
 from qlora_pipe.known import CHAIN
-from qlora_pipe.report.facts import Kept, configuration_name, kept_counts
+from qlora_pipe.report.facts import Kept, configuration_name, kept_counts, selection_rows
 from qlora_pipe.report.table import render
 from qlora_pipe.units import format_bytes
 from quant.storage import Choice
@@ -122,6 +122,7 @@ def _describe_artifact(folder: Path) -> str:
         specs = {name: where.spec for name, where in read_folder(folder / place, stem).items()}
         parts.append(render((f"tensor in {place}{stem}", "dtype", "shape", "count", "bytes"), fold(specs)))
     if manifest.stage == "select":
+        parts.append(render(("selection", ""), selection_rows(_read(folder / "selection.json")), text_columns=2))
         parts.append(_describe_kept(kept_counts(_read(folder / "kept.json"))))
     if manifest.stage == "allocate":
         parts.append(_describe_choices(_read(folder / "allocation.json")["choices"].values()))

@@ -15,14 +15,18 @@ _TABLE_BLOCKS = range(16, 129)
 
 
 def moments(architecture: Architecture, settings: Calibrate) -> Tensors:
-    """Per linear map: mean square of its inputs [in] and of its output gradients [out]; per distinct input: the lower
-    triangle of its covariance.
+    """Per linear map: mean square of its inputs [in] and of its output gradients [out]; where columns are pruned also
+    the mean of its inputs [in] and their gate moments [sequences, in]; per distinct input: the lower triangle of its
+    covariance.
     """
     found: Tensors = {}
     for layer, role, name in architecture.linears():
         rows, columns = shape_of(role, architecture.layers[layer])
         found[f"{name}.input"] = TensorSpec("F32", (columns,))
         found[f"{name}.gradient"] = TensorSpec("F32", (rows,))
+        if PRUNED_AXIS[role] == "columns":
+            found[f"{name}.mean"] = TensorSpec("F32", (columns,))
+            found[f"{name}.gates"] = TensorSpec("F32", (settings.sequences, columns))
     if settings.covariance:
         for layer in range(len(architecture.layers)):
             for site in SITES:

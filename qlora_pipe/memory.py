@@ -99,7 +99,8 @@ def _work(stage: str, known: Known) -> _Work:
 
 def _calibration(known: Known) -> int:
     """Embedding, head and one layer; in the first sweep what autograd keeps of that layer, in the second its
-    covariances in float64. Norms of gradients stay: 4 bytes for each token and distinct input.
+    covariances in float64, and the inputs of o and down. Norms of gradients stay, 4 bytes for each token and distinct
+    input, and gate moments, 8 bytes for each sequence and input of o and down.
     """
     full, settings = known.architecture, known.config.calibrate
     width = _width(known)
@@ -108,8 +109,13 @@ def _calibration(known: Known) -> int:
     tokens = min(max(CALIBRATION_TOKENS, settings.length), settings.sequences * settings.length)
     norms = _FLOAT * settings.sequences * settings.length * len(full.layers) * len(SITES)
     sums = sum(8 * full.site_width(0, site) ** 2 for site in SITES) if settings.covariance else 0
-    backward = max(_kept(full, tokens, known) // len(full.layers), _head(known, tokens))
-    return width * (outer + 2 * layer) + norms + max(backward, _passing(full, tokens) + sums)
+    readers = [
+        shape_of(role, shape)[1] for shape in full.layers for role, axis in PRUNED_AXIS.items() if axis == "columns"
+    ]
+    gates = 8 * settings.sequences * sum(readers)
+    inputs = _FLOAT * tokens * sum(readers) // len(full.layers)
+    backward = max(_kept(full, tokens, known) // len(full.layers) + _held(inputs, known), _head(known, tokens))
+    return width * (outer + 2 * layer) + norms + gates + max(backward, _passing(full, tokens) + sums)
 
 
 def _teaching(known: Known) -> tuple[int, int]:

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from prune.groups import PRUNED_AXIS, shape_of
+from prune.moments import ReaderMoments
 from qlora_pipe.architectures import MODULE, SITE, SITES, linear_name
 from qlora_pipe.artifacts.scratch import Scratch
 from qlora_pipe.errors import StageError
@@ -26,23 +28,29 @@ from quant.moments import Covariance, DiagonalMoments, token_weights
 _READER = {site: next(role for role in MODULE if SITE[role] == site) for site in SITES}
 """The linear map at which a distinct input is watched."""
 
+_READERS = tuple(role for role in MODULE if PRUNED_AXIS[role] == "columns")
+"""Linear maps whose inputs are what pruning removes."""
+
 
 @dataclass(frozen=True)
 class CalibrationBatch:
-    """Rows of one length, so without padding, and where their tokens are among all."""
+    """Rows of one length, so without padding, and where their tokens and they themselves are among all."""
 
     inputs: dict[str, Tensor]
     tokens: slice
+    rows: slice
 
 
 @dataclass(frozen=True)
 class Gradients:
-    """What the first sweep finds: moments by linear map, and by (layer, site) the squared norms of the gradients.
+    """What the first sweep finds: moments by linear map, of those whose columns are pruned also means and gates, and by
+    (layer, site) the squared norms of the gradients.
 
     A token's norm is summed over the outputs of all linear maps that read the site: fp32 [tokens], on the host.
     """
 
     moments: dict[str, DiagonalMoments]
+    readers: dict[str, ReaderMoments]
     norms: dict[tuple[int, str], Tensor]
 
 
@@ -56,7 +64,8 @@ def batches_of(rows: Sequence[Row], device: str, together: int = CALIBRATION_TOK
         end = start + max(1, together // length)
         chosen = [row for row in ordered[start:end] if len(row.input_ids) == length]
         inputs = {name: tensor.to(device) for name, tensor in collate(chosen).items()}
-        found.append(CalibrationBatch(inputs, slice(tokens, tokens + length * len(chosen))))
+        of_rows = slice(start, start + len(chosen))
+        found.append(CalibrationBatch(inputs, slice(tokens, tokens + length * len(chosen)), of_rows))
         start, tokens = start + len(chosen), tokens + length * len(chosen)
     return found
 
@@ -68,13 +77,20 @@ def gradient_sweep(
 
     Gradients are those of the summed loss. Backward runs a layer again from its stored input, so nothing of a layer
     outlives it but that input (activation checkpointing). Raises StageError for NaN or infinity, naming the linear
-    map. Peak bytes: the stream's, the activations of one batch in one layer, 16 bytes a token and layer for norms;
-    on disk BOUNDARY_BYTES, or one batch at every layer if that is more.
+    map. Peak bytes: the stream's, the activations of one batch in one layer, 16 bytes a token and layer for norms, 8 a
+    sequence and input of o and down for gates; on disk BOUNDARY_BYTES, or one batch at every layer if that is more.
     """
     found = Gradients(
         {
             name: DiagonalMoments(shape[1], shape[0], device=stream.device)
             for name, shape in stream.architecture.linear_shapes().items()
+        },
+        {
+            linear_name(layer, role): ReaderMoments(
+                shape_of(role, shape)[1], batches[-1].rows.stop, device=stream.device
+            )
+            for layer, shape in enumerate(stream.architecture.layers)
+            for role in _READERS
         },
         {(layer, site): torch.zeros(batches[-1].tokens.stop) for layer in range(len(stream)) for site in SITES},
     )
@@ -106,6 +122,8 @@ def _forward(
         with stream.layer(index) as layer, torch.no_grad():
             for role in MODULE:
                 _watch_input(layer, index, role, found.moments[linear_name(index, role)].update_input)
+            for role in _READERS:
+                _watch_input(layer, index, role, found.readers[linear_name(index, role)].update_input)
             for number in range(len(group)):
                 hidden = boundary.read((index, number), stream.device)
                 boundary.write((index + 1, number), layer(hidden, **starts.of(number, index)))
@@ -124,9 +142,12 @@ def _backward(
     for index in reversed(range(len(stream))):
         with stream.layer(index) as layer:
             watchers = [_GradientWatcher(layer, index, role, found) for role in MODULE]
+            gates = [_GateWatcher(layer, index, role, found) for role in _READERS]
             for number, batch in enumerate(group):
                 for watcher in watchers:
                     watcher.tokens = batch.tokens
+                for gate in gates:
+                    gate.rows = batch.rows
                 hidden = boundary.read((index, number), stream.device).requires_grad_()
                 output = layer(hidden, **starts.of(number, index))
                 output.backward(boundary.read((index + 1, number), stream.device))
@@ -212,6 +233,26 @@ class _GradientWatcher:
             raise NonFiniteError("gradients, or their squares in fp32, hold NaN or infinity")
         self._moments.update_grad(gradient)
         self._norms[self.tokens] += norms
+
+
+class _GateWatcher:
+    """Takes the inputs of one linear map whose columns are pruned, each with its gradient."""
+
+    def __init__(self, layer: nn.Module, index: int, role: str, found: Gradients) -> None:
+        self.rows = slice(0)
+        self._name = linear_name(index, role)
+        self._moments = found.readers[self._name]
+        layer.get_submodule(MODULE[role]).register_forward_pre_hook(self._seen)
+
+    def _seen(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        # Without its graph, which would hold the hook, and the hook it.
+        update = partial(self._update, inputs[0].detach())
+        inputs[0].register_hook(partial(_named, self._name, update))
+
+    def _update(self, values: Tensor, gradient: Tensor) -> None:
+        self._moments.update_gates(values, gradient, self.rows)
+        if not bool(torch.isfinite(self._moments.gates[self.rows]).all()):
+            raise NonFiniteError("gradients of inputs hold NaN or infinity")
 
 
 class _CovarianceWatcher:

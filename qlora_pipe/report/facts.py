@@ -73,6 +73,7 @@ class Facts:
     source: dict[str, Any]
     allocation: dict[str, Any] | None
     kept: tuple[Kept, ...]
+    selection: dict[str, Any] | None
     metrics: list[dict[str, Any]]
     recovery: dict[str, Any] | None
     histories: dict[str, list[dict[str, float]]]
@@ -161,6 +162,26 @@ def kept_counts(record: Mapping[str, Any]) -> tuple[Kept, ...]:
     )
 
 
+def selection_rows(body: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """(what, figure) of selection.json: how much goes, by which scores, and the certificate if widths were solved."""
+    nominal, proof = body["nominal"], body["certificate"]
+    asked = "" if body["ratio"] is None else f", at least {100 * body['ratio']:g} % asked for"
+    rows = [
+        ("scores", body["method"]),
+        ("true reduction", f"{100 * body['true_reduction']:.2f} % of the blocks' parameters{asked}"),
+        ("nominal", f"{100 * nominal['kv']:.1f} % of the KV groups, {100 * nominal['ffn']:.1f} % of the FFN channels"),
+        ("score that goes", f"{body['loss']:.6g}"),
+    ]
+    if proof is None:
+        return rows
+    verdict = "proved optimal" if proof["optimal"] else f"within {100 * proof['gap']:.3g} % of the optimum"
+    return [
+        *rows,
+        ("with uniform widths", f"{body['loss_uniform']:.6g}"),
+        ("certificate", f"{verdict}, no widths can go below {proof['bound']:.6g}"),
+    ]
+
+
 def read_facts(run: Path) -> Facts:
     """Read a run folder; raises ArtifactError if it is none, or if a file in it cannot be read."""
     if not run.is_dir():
@@ -180,6 +201,7 @@ def read_facts(run: Path) -> Facts:
         source=read_json(run / "source" / "source.json") or {},
         allocation=read_json(run / "allocate" / "allocation.json"),
         kept=kept_counts(kept) if kept else (),
+        selection=read_json(run / "select" / "selection.json"),
         metrics=read_json(run / "evaluate" / "metrics.json") or [],
         recovery=read_json(run / "recover" / "recovery.json"),
         histories={name: rows for name, rows in histories.items() if rows},

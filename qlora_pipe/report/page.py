@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_pipe.report import charts
-from qlora_pipe.report.facts import MODELS, PRODUCTS, Facts, read_facts
+from qlora_pipe.report.facts import MODELS, PRODUCTS, Facts, read_facts, selection_rows
 from qlora_pipe.report.table import chain_table, figure, gap_verdict, recovery_verdict, stage_table
 from qlora_pipe.units import format_bytes
 
@@ -86,19 +86,21 @@ def tiles(facts: Facts) -> list[tuple[str, str, str]]:
 
 
 def kept_sentence(facts: Facts) -> str:
-    """What pruning kept, in one sentence; empty if it has not run."""
+    """What pruning keeps, how much goes and how that was decided, in a few sentences; empty if it has not run."""
     if not facts.kept:
         return ""
     first = facts.kept[0]
+    about = dict(selection_rows(facts.selection)) if facts.selection else {}
+    figures = "".join(f" {name.capitalize()}: {text}." for name, text in about.items())
     if len(set(facts.kept)) == 1:
         return (
             f"Every layer keeps {first.kv_heads} of {first.all_kv_heads} KV groups and "
-            f"{first.ffn} of {first.all_ffn} FFN channels."
+            f"{first.ffn} of {first.all_ffn} FFN channels.{figures}"
         )
     kv, ffn = [row.kv_heads for row in facts.kept], [row.ffn for row in facts.kept]
     return (
         f"Layers differ: {min(kv)} to {max(kv)} of {first.all_kv_heads} KV groups and "
-        f"{min(ffn)} to {max(ffn)} of {first.all_ffn} FFN channels are kept."
+        f"{min(ffn)} to {max(ffn)} of {first.all_ffn} FFN channels are kept.{figures}"
     )
 
 

@@ -1,4 +1,4 @@
-"""calibrate: second moments of every linear map's inputs and output gradients, saved for any later budget."""
+"""calibrate: moments of every linear map's inputs and output gradients, saved for any later budget or pruning."""
 
 from typing import Any
 
@@ -36,6 +36,9 @@ def run(context: Context) -> None:
         for name, moments in gradients.moments.items():
             writer.write(f"{name}.input", moments.column_weight().square())
             writer.write(f"{name}.gradient", moments.row_weight().square())
+        for name, reader in gradients.readers.items():
+            writer.write(f"{name}.mean", reader.mean())
+            writer.write(f"{name}.gates", reader.gates.float())
 
         def keep(layer: int, covariances: dict[str, Covariance]) -> None:
             for site, covariance in covariances.items():
@@ -58,7 +61,7 @@ def run(context: Context) -> None:
 
 STAGE = Stage(
     "calibrate",
-    2,
+    3,
     ("source",),
     lambda config: computing(config) | config.calibrate.model_dump(mode="json"),
     run,

@@ -7,9 +7,13 @@ import torch
 from torch import Tensor
 
 from prune.exceptions import PruneError
+from prune.flap import fluctuation, standardised
 from prune.groups import ROLES, LayerShape
-from prune.saliency import GroupScores, activation, random
+from prune.members import fold
+from prune.moments import variance
+from prune.saliency import GroupScores, activation, random, wanda
 from prune.select import keep_best
+from prune.taylor import gates
 from qlora_pipe.architectures import linear_name
 from qlora_pipe.config import Config
 from qlora_pipe.errors import StageError
@@ -97,11 +101,20 @@ def _magnitude(weight: Weight, shape: LayerShape) -> dict[str, Tensor]:
 
 def _by_moments(context: Context, layer: int, weight: Weight, shape: LayerShape) -> dict[str, Tensor]:
     """Scores from what calibration saw at the inputs of o and down."""
-    reader = context.reader("calibrate", "moments")
+    settings, reader = context.config.prune, context.reader("calibrate", "moments")
+    across = settings.widths == "allocated"
     found = {}
     for kind, role in (("kv", "o"), ("ffn", "down")):
-        squares = reader.read(f"{linear_name(layer, role)}.input")
-        found[kind] = activation(role, weight(role), squares, shape)
+        name = linear_name(layer, role)
+        squares = reader.read(f"{name}.input")
+        if settings.method == "taylor":
+            found[kind] = gates(role, reader.read(f"{name}.gates"), shape)
+        elif settings.method == "flap":
+            channels = fluctuation(role, weight(role), variance(squares, reader.read(f"{name}.mean")), shape)
+            found[kind] = standardised(role, channels, shape) if across else fold(role, channels, shape)
+        else:
+            score = activation if settings.method == "activation" else wanda
+            found[kind] = score(role, weight(role), squares, shape, reader.read(f"{name}.gradient") if across else None)
     return found
 
 

@@ -173,3 +173,23 @@ def test_moments_must_fit_and_not_be_negative() -> None:
             score("down", weight, torch.ones(6), shape)
         with pytest.raises(PruneError, match="down: mean squares and variances are not negative, found -2"):
             score("down", weight, torch.full((300,), -2.0), shape)
+
+
+@pytest.mark.parametrize("role", ["o", "down"])
+def test_weighing_outputs_is_scaling_rows(role: str) -> None:
+    """Scores with gradients are those of the rows scaled by their roots: E[x_j^2] g_i^2 W_ij^2, summed."""
+    shape = LayerShape(hidden=300, heads=4, kv_heads=2, head_dim=3, ffn=7)
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(shape_of(role, shape), generator=generator)
+    squares, gradients = (torch.rand(size, generator=generator) for size in (weight.shape[1], 300))
+    scaled = weight.double() * gradients.double().sqrt()[:, None]
+    for score in (activation, wanda):
+        found = score(role, weight, squares, shape, gradients)
+        torch.testing.assert_close(found, score(role, scaled, squares, shape))
+        torch.testing.assert_close(
+            score(role, weight, squares, shape, torch.ones(300)), score(role, weight, squares, shape)
+        )
+    with pytest.raises(PruneError, match="expected 300 mean squares"):
+        activation(role, weight, squares, shape, gradients[1:])
+    with pytest.raises(PruneError, match="none negative"):
+        wanda(role, weight, squares, shape, -gradients)

@@ -61,6 +61,12 @@ def test_no_adapter_at_all_is_always_tried() -> None:
         ({"decompose": {"budget": "2.75"}}, "a budget such as 2.75bits"),
         ({"memory": {"host": "24"}}, "a size such as 24GB"),
         ({"prune": {"protect_first": 1}}, "equal widths"),
+        ({"prune": {"protect_first": 1, "ffn_ratio": 0.0, "ratio": 0.1}}, "protect_last keeps some layers whole"),
+        ({"prune": {"ratio": 0.1, "widths": "allocated"}}, "allocated gives each layer its own: set export.small to f"),
+        ({"prune": {"widths": "allocated"}}, "allocated needs a budget: set ratio"),
+        ({"prune": {"ratio": 0.1, "widths": "allocated", "method": "magnitude"}}, "magnitude gives scores that cannot"),
+        ({"prune": {"ratio": 0.1, "widths": "allocated", "method": "random"}}, "choose activation, wanda, flap or"),
+        ({"prune": {"ratio": 1.0}}, "less than 1"),
         ({"seed": -1}, "greater than or equal to 0"),
         ({"data": {"calibration": "a"}}, "Field required"),
         ({"data": {"calibration": "a", "task": {"source": "b", "prompt": "{x}"}}}, "go together"),
@@ -80,6 +86,9 @@ def test_refused(settings: dict[str, Any], message: str) -> None:
     [
         {"prune": {"protect_first": 1}, "export": {"small": False}},
         {"prune": {"protect_last": 1, "ffn_ratio": 0.0}},
+        {"prune": {"protect_last": 1, "ratio": 0.0}},
+        {"prune": {"ratio": 0.0, "widths": "allocated"}},
+        {"prune": {"ratio": 0.1, "widths": "allocated"}, "export": {"small": False}},
         {"memory": {"host": "24GB", "device": "16GiB"}},
     ],
 )

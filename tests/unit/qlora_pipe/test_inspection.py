@@ -62,6 +62,8 @@ def test_an_artifact(run_builder: Build) -> None:
 
 def test_select_tells_what_each_layer_keeps(run_builder: Build) -> None:
     text = describe(run_builder().build("select") / "select")
+    assert row(text, "true reduction")[1] == "33.22 % of the blocks' parameters"
+    assert row(text, "nominal")[1] == "0.0 % of the KV groups, 50.0 % of the FFN channels"
     lines = text[text.index("KV groups kept") :].splitlines()[2:]
     assert [line.split() for line in lines] == [[str(layer), "2", "of", "2", "64", "of", "128"] for layer in range(3)]
 
@@ -113,10 +115,10 @@ def test_typed_errors(run_builder: Build, tmp_path: Path) -> None:
 
 
 def test_torch_is_not_needed(run_builder: Build) -> None:
-    run = run_builder().build("prune")
+    run = run_builder().build("select")
     script = (
         "import sys; from pathlib import Path; from qlora_pipe.inspection import describe\n"
-        f"for path in {[str(run), str(run / 'prune')]!r}: describe(Path(path))\n"
+        f"for path in {[str(run), str(run / 'select')]!r}: describe(Path(path))\n"
         "assert 'torch' not in sys.modules and 'matplotlib' not in sys.modules"
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)

@@ -1,5 +1,6 @@
 import math
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -289,6 +290,39 @@ def test_the_small_architecture(tiny: Architecture) -> None:
     assert [shape.kv_heads for shape in guarded.small.layers] == [2, 1]
     with pytest.raises(ConfigError, match=r"prune.ffn_ratio: ratio 0.999 would remove all"):
         check_shapes(tiny, configure(prune={"ffn_ratio": 0.999}))
+
+
+def test_widths_that_scores_decide_are_a_guess_until_they_are_selected(tiny: Architecture) -> None:
+    options = {"compact": {"enabled": False}, "export": {"small": False}}
+    guess = knowing(tiny, prune={"ratio": 0.3, "widths": "allocated"}, **options).with_allocation(
+        dict.fromkeys(knowing(tiny).allocation, Choice("nf", 2, 16, 4))
+    )
+    assert not guess.is_final
+    assert guess.small == knowing(tiny, prune={"ratio": 0.3}, **options).small
+    layers = [replace(tiny.layers[0], ffn=32), tiny.layers[1]]
+    final = guess.with_kept(layers)
+    assert final.is_final
+    assert final.small.layers == tuple(layers)
+    assert final.adapter()["model.layers.0.mlp.down_proj.lora_A.weight"].shape == (5, 32)
+    assert final.files("prune") == {"model.safetensors": file_bytes(final.pruned())}
+    assert final.files("train") != guess.files("train")
+    assert knowing(tiny).with_allocation(guess.allocation).is_final
+
+
+def test_every_width_that_may_be_chosen_suits_the_integer_groups(tiny: Architecture) -> None:
+    given = {"prune": {"ratio": 0.3, "widths": "allocated", "align": 32}, "export": {"small": False}}
+    check_shapes(tiny, configure(compact={"group_size": 32}, **given))
+    given["prune"]["align"] = 16
+    with pytest.raises(ConfigError, match=r"group_size 32 does not divide the \d+ inputs of the pruned down"):
+        check_shapes(tiny, configure(compact={"group_size": 32}, **given))
+
+
+def test_means_and_gates_are_planned_where_columns_are_pruned(tiny: Architecture) -> None:
+    found = {name: spec.shape for name, spec in knowing(tiny, calibrate={"sequences": 7}).moments().items()}
+    for layer, role, name in tiny.linears():
+        width = shape_of(role, tiny.layers[layer])[1]
+        assert found.get(f"{name}.mean") == ((width,) if role in ("o", "down") else None)
+        assert found.get(f"{name}.gates") == ((7, width) if role in ("o", "down") else None)
 
 
 def test_reads_count_each_file_once(tiny: Architecture) -> None:

@@ -126,7 +126,7 @@ def test_calibration_plans_for_its_covariances(folder: Path, tmp_path: Path) -> 
     save_tiny_model(tmp_path / "model", intermediate_size=1024)
     of = f"model={tmp_path / 'model'}"
     with_sums, without = (peaks(folder, "calibrate", of, f"calibrate.covariance={value}")[0] for value in (True, False))
-    assert 0.8 * 8 * 1024**2 < with_sums - without <= 8 * (1024**2 + 3 * 64**2)
+    assert 0.7 * 8 * 1024**2 < with_sums - without <= 8 * (1024**2 + 3 * 64**2)
 
 
 def limited(folder: Path, *overrides: str) -> tuple[Config, Plan]:

@@ -238,6 +238,17 @@ def test_layers_that_keep_different_widths_are_drawn(run_builder: Build) -> None
     assert any(name.startswith("kept-") for name in page.ids)
 
 
+def test_how_much_goes_is_told_with_its_certificate(run_builder: Build) -> None:
+    proof = {"optimal": False, "gap": 0.0123, "bound": 4.5}
+    solved = {"ratio": 0.3, "loss": 4.6, "loss_uniform": 7.25, "certificate": proof}
+    text = outline(run_builder().build("select")).text
+    assert "64 of 128 FFN channels. Scores: activation. True reduction: 33.22 % of the blocks' parameters." in text
+    assert "Certificate" not in text[text.index("True reduction") :]
+    text = outline(run_builder(edits={"select/selection.json": lambda body: body | solved}).build("select")).text
+    assert "parameters, at least 30 % asked for." in text
+    assert "Score that goes: 4.6. With uniform widths: 7.25. Certificate: within 1.23 % of the optimum, no" in text
+
+
 def test_a_wide_range_of_perplexities_is_logarithmic(run_builder: Build) -> None:
     def edit(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         return [row | {"perplexity": 3.1e5} if row["model"] == "pruned" else row for row in rows]

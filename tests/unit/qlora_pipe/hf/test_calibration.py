@@ -32,12 +32,12 @@ TEXTS = ["a row of text", "another, rather longer row of calibration text that l
 ROWS = byte_rows([*TEXTS, "last of a kind"], ignored=5)
 
 
-def captured(model: PreTrainedModel, row: Row, names: list[str]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Input and gradient of the output of each linear map under the stock summed loss of one row."""
+def captured(model: PreTrainedModel, row: Row, names: list[str]) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+    """Input of each linear map, gradients of its output and input, under the stock summed loss of one row."""
     seen: dict[str, tuple[Tensor, Tensor]] = {}
 
     def keep(name: str, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        seen[name] = (inputs[0].detach(), output)
+        seen[name] = (inputs[0], output)
 
     handles = [
         model.get_submodule(name).register_forward_hook(lambda _, x, y, name=name: keep(name, x, y)) for name in names
@@ -45,8 +45,12 @@ def captured(model: PreTrainedModel, row: Row, names: list[str]) -> dict[str, tu
     loss = model(input_ids=torch.tensor([row.input_ids]), labels=torch.tensor([row.labels])).loss * row.scored
     for handle in handles:
         handle.remove()
-    gradients = torch.autograd.grad(loss, [output for _, output in seen.values()])
-    return {name: (x[0], grad[0]) for (name, (x, _)), grad in zip(seen.items(), gradients, strict=True)}
+    outputs = torch.autograd.grad(loss, [output for _, output in seen.values()], retain_graph=True)
+    inputs = torch.autograd.grad(loss, [x for x, _ in seen.values()])
+    return {
+        name: (x[0].detach(), output[0], grad[0])
+        for (name, (x, _)), output, grad in zip(seen.items(), outputs, inputs, strict=True)
+    }
 
 
 def sweep_gradients(stream: LayerStream, rows: list[Row], folder: Path) -> Gradients:
@@ -89,6 +93,14 @@ def test_the_sweeps_find_what_autograd_sees_in_the_whole_model(
         torch.testing.assert_close(found.moments[name].column_weight(), columns, rtol=1e-4, atol=1e-7)
         floor = 1e-6 * output_rows.max().item()
         torch.testing.assert_close(found.moments[name].row_weight(), output_rows, rtol=1e-4, atol=floor)
+        if role in ("o", "down"):
+            assert found.readers[name].input_tokens == tokens
+            torch.testing.assert_close(found.readers[name].mean(), inputs.mean(dim=0).float(), rtol=1e-4, atol=1e-6)
+            # Batches are in the order of length.
+            longest = sorted(rows, key=lambda row: -len(row[name][0]))
+            expected = torch.stack([(row[name][0].double() * row[name][2].double()).sum(dim=0) for row in longest])
+            floor = 1e-4 * expected.abs().max().item()
+            torch.testing.assert_close(found.readers[name].gates, expected, rtol=1e-4, atol=floor)
         site = (layer, SITE[role])
         norms[site] = norms.get(site, torch.zeros(tokens)) + gradients.square().sum(dim=1)
     for name, (layer, role) in names.items():
@@ -107,6 +119,7 @@ def test_rows_of_one_length_go_together_up_to_a_number_of_tokens() -> None:
     found = batches_of(rows, "cpu", 30)
     assert [tuple(batch.inputs["input_ids"].shape) for batch in found] == [(1, 40), (1, 20), (3, 10), (1, 10)]
     assert [(batch.tokens.start, batch.tokens.stop) for batch in found] == [(0, 40), (40, 60), (60, 90), (90, 100)]
+    assert [(batch.rows.start, batch.rows.stop) for batch in found] == [(0, 1), (1, 2), (2, 5), (5, 6)]
     assert all(batch.inputs["attention_mask"].all() for batch in found)
 
 

@@ -1,0 +1,121 @@
+"""Widths from shapes alone: nominal ratios, true reductions, and what cannot be had."""
+
+from typing import Any
+
+import pytest
+
+from prune.counting import counts_without
+from prune.groups import LayerShape
+from qlora_pipe.architectures import FAMILIES, Architecture
+from qlora_pipe.config import Prune
+from qlora_pipe.errors import ConfigError
+from qlora_pipe.widths import group_sizes, parameters_to_go, reduction, small_architecture
+
+SHAPE = LayerShape(hidden=64, heads=8, kv_heads=4, head_dim=16, ffn=256)
+
+
+def architecture(layers: int = 4, biased: str = "", shape: LayerShape = SHAPE) -> Architecture:
+    return Architecture("llama", FAMILIES[0], 100, (shape,) * layers, True, frozenset(biased))
+
+
+def settings(**values: Any) -> Prune:
+    return Prune.model_validate(values)
+
+
+def true_reduction(model: Architecture, **values: Any) -> float:
+    return reduction(model.block_parameters(), small_architecture(model, settings(**values)).block_parameters())
+
+
+@pytest.mark.parametrize("biased", ["", "qkv"])
+def test_parameters_of_groups_add_up_to_the_tensors(biased: str) -> None:
+    model = architecture(biased=biased)
+    sizes = group_sizes(model, 0)
+    for kind, narrower in (("kv", {"kv_heads": 3, "heads": 6}), ("ffn", {"ffn": 255})):
+        fewer = model.with_layers([LayerShape(**{**vars(SHAPE), **narrower}), *model.layers[1:]])
+        assert model.block_parameters() - fewer.block_parameters() == sizes[kind]
+
+
+def test_the_reference_value_of_llama_7b() -> None:
+    """25 % of heads and channels of 26 of 32 layers leave 5,422,977,024 of 6,738,415,616 parameters (loraprune.md)."""
+    shape = LayerShape(hidden=4096, heads=32, kv_heads=32, head_dim=128, ffn=11008)
+    model = Architecture("llama", FAMILIES[0], 32000, (shape,) * 32, False, frozenset())
+    outside = 2 * 32000 * 4096 + 4096
+    assert model.block_parameters() + outside == 6_738_415_616
+    nominal = settings(kv_ratio=0.25, ffn_ratio=0.25, protect_first=4, protect_last=2)
+    small = small_architecture(model, nominal)
+    assert small.block_parameters() + outside == 5_422_977_024
+    # Asked for the other way round, it gives the same widths.
+    ratio = reduction(model.block_parameters(), small.block_parameters())
+    asked = settings(ratio=int(ratio * 1e6) / 1e6, protect_first=4, protect_last=2)
+    assert small_architecture(model, asked).layers == small.layers
+
+
+@pytest.mark.parametrize("ratio", [0.01, 0.1, 0.25, 0.5, 0.77])
+@pytest.mark.parametrize("protect", [0, 1])
+def test_the_true_reduction_is_never_below_and_less_than_a_unit_above(ratio: float, protect: int) -> None:
+    model = architecture(5, "qkv")
+    if ratio > 0.6 and protect:
+        pytest.skip("more than the layers that are left can give")
+    given = {"ratio": ratio, "align": 8, "protect_first": protect}
+    found = true_reduction(model, **given)
+    free = 5 - protect
+    unit = free * 8 * group_sizes(model, 0)["ffn"]
+    assert ratio <= found < ratio + unit / model.block_parameters()
+    small = small_architecture(model, settings(**given))
+    assert small.layers[:protect] == model.layers[:protect]
+    assert len(set(small.layers[protect:])) == 1
+
+
+def test_nothing_goes_at_ratio_zero_and_nominal_ratios_are_not_read() -> None:
+    model = architecture()
+    assert small_architecture(model, settings(ratio=0, kv_ratio=0.5)).layers == model.layers
+    assert small_architecture(model, settings(ratio=0, protect_first=9)).layers == model.layers
+    assert settings(ratio=0).removes is False
+    assert settings(kv_ratio=0.0, ffn_ratio=0.0).removes is False
+    assert settings(kv_ratio=0.5, ffn_ratio=0.0).removes is True
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            {"ratio": 0.9},
+            r"prune.ratio 0.9 would empty layers: one KV group and 64 FFN .* works is 0.7\d+",
+        ),
+        (
+            {"ratio": 0.7, "protect_first": 1, "protect_last": 1},
+            r"protected layers and norms take .* works is 0.3\d+",
+        ),
+        ({"ratio": 0.1, "protect_first": 4}, "protect_first 4 and prune.protect_last 0 cover all 4 layers"),
+        ({"ffn_ratio": 0.1, "protect_last": 5}, "protect_first 0 and prune.protect_last 5 cover all 4 layers"),
+        ({"ffn_ratio": 0.999}, "prune.ffn_ratio: ratio 0.999 would remove all"),
+    ],
+)
+def test_what_cannot_be_had(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        small_architecture(architecture(), settings(**given))
+
+
+@pytest.mark.parametrize("protect", [0, 1])
+def test_the_largest_ratio_that_works_works(protect: int) -> None:
+    with pytest.raises(ConfigError) as refused:
+        small_architecture(architecture(), settings(ratio=0.99, protect_first=protect))
+    largest = float(str(refused.value).rpartition(" ")[2])
+    assert true_reduction(architecture(), ratio=largest, protect_first=protect) >= largest
+    with pytest.raises(ConfigError):
+        small_architecture(architecture(), settings(ratio=largest + 1e-5, protect_first=protect))
+
+
+def test_a_ratio_is_the_decimal_it_prints_as() -> None:
+    model = architecture(10)
+    wanted = parameters_to_go(model, settings(ratio=0.1))
+    assert wanted == -(-model.block_parameters() // 10)
+
+
+def test_the_nearer_number_of_groups_wins() -> None:
+    """Half of the parameters: two KV groups and half of the FFN channels, exactly."""
+    sizes = group_sizes(architecture(), 0)
+    assert counts_without(SHAPE, 2 * sizes["kv"] + 128 * sizes["ffn"], 64) == (2, 128)
+    # A parameter more costs a unit of FFN channels, or a KV group, whichever is less.
+    kv, ffn = counts_without(SHAPE, 2 * sizes["kv"] + 128 * sizes["ffn"] + 1, 64)
+    assert (kv, ffn) == ((1, 128) if sizes["kv"] < 64 * sizes["ffn"] else (2, 64))
