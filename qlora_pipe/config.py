@@ -173,7 +173,6 @@ class Adapter(Optimisation):
 class Guide(Optimisation):
     """prune.method lora: slot C learns generic text, and more and more groups are masked by what its gradients say."""
 
-    learning_rate: Rate = Field(1e-4, description="peak learning rate")
     start: Fraction = Field(0.1, description="share of the steps before the first mask")
     cooldown: Fraction = Field(0.1, description="share of the steps after the last mask")
     interval: Positive = Field(10, description="steps between new masks")
