@@ -93,6 +93,9 @@ class Calibrate(Section):
     )
 
 
+_LORAM = {"rounding": "loram", "protect_first": 4, "protect_last": 2}
+
+
 class Prune(Section):
     """Whole KV groups (with their query heads) and FFN channels."""
 
@@ -113,7 +116,26 @@ class Prune(Section):
     align: Positive = Field(64, description="kept FFN channels are a multiple of this")
     protect_first: Count = Field(0, description="first layers left whole")
     protect_last: Count = Field(0, description="last layers left whole")
+    rounding: Literal["aligned", "loram"] = Field(
+        "aligned", description="of nominal ratios; loram: as LoRAM counts heads and channels, to the digit, unaligned"
+    )
+    preset: Literal["loram"] | None = Field(
+        None, description="other defaults; loram: its rounding, the first four and the last two layers protected"
+    )
     time_limit: Rate = Field(60.0, description="most seconds spent on proving allocated widths optimal")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_preset(cls, value: Any) -> Any:
+        return _LORAM | value if isinstance(value, dict) and value.get("preset") == "loram" else value
+
+    @model_validator(mode="after")
+    def _rounding_is_of_one_nominal_ratio(self) -> "Prune":
+        if self.rounding == "loram" and (self.ratio is not None or self.kv_ratio != self.ffn_ratio):
+            raise ValueError(
+                "rounding: loram is defined for one nominal ratio: set kv_ratio and ffn_ratio to it, and ratio to null"
+            )
+        return self
 
     @model_validator(mode="after")
     def _allocated_widths_need_a_budget_and_comparable_scores(self) -> "Prune":

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from pipeline.test_chain import FAMILIES
 from tiny import context_of, save_settings, save_texts, save_tiny_model
 
 from prune.groups import group_width
@@ -20,7 +21,7 @@ from qlora_pipe.config_file import load
 from qlora_pipe.errors import ConfigError
 from qlora_pipe.events import Reporter
 from qlora_pipe.hf.ramp import Ramp
-from qlora_pipe.stages.models import aligned_model, full_packed_model, packed_modules
+from qlora_pipe.stages.models import full_packed_model, packed_modules, pruned_model
 from qlora_pipe.stages.packing import read_factors
 from qlora_pipe.verify import verify_path
 
@@ -62,24 +63,22 @@ def test_as_many_groups_stay_as_were_asked_for(artifacts: dict[str, Artifact]) -
         verify_path(artifacts[stage].folder)
 
 
-def test_the_masked_model_is_the_small_one(config: Path, artifacts: dict[str, Artifact]) -> None:
-    """1e-4: fp32 sums in another order."""
-    seen = context_of(load(config, GUIDED), artifacts)
-    model = full_packed_model(seen)
-    slot, modules = TensorReader(artifacts["select"].folder, "adapter"), packed_modules(model)
-    for name, module in modules.items():
-        module.attach_adapter(3, seen.config.align.alpha, torch.Generator())
-        lora_a, lora_b = read_factors(slot.read, name)
-        module.load_state_dict({"task_a": lora_a, "task_b": lora_b}, strict=False)
-    shapes, kept = seen.known.architecture.layers, index_map(artifacts)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_masked_model_is_the_small_one(family: str, tmp_path: Path) -> None:
+    """Whatever the groups, biases and norms of the family are. 1e-4: fp32 sums in another order."""
+    save_tiny_model(tmp_path / "model", family.partition("-")[0], **FAMILIES[family])
+    save_texts(tmp_path)
+    settings = load(save_settings(tmp_path), ("prune.method=random",))
+    seen = context_of(settings, compile_model(settings, Reporter(json_lines=True), until="prune"))
+    model, shapes = full_packed_model(seen), seen.known.architecture.layers
     ids = torch.arange(2, 34).view(2, 16)
     whole = model(input_ids=ids).logits
-    ramp = Ramp(modules, shapes, seen.config.guide, [(1, 96)] * len(shapes))
-    for mask, layer in zip(ramp.masks, kept.layers, strict=True):
+    ramp = Ramp(packed_modules(model), shapes, seen.config.guide, [(1, 96)] * len(shapes))
+    for mask, layer in zip(ramp.masks, seen.index_map.layers, strict=True):
         for kind, indices in (("kv", layer.kv_heads), ("ffn", layer.ffn)):
             mask[kind].zero_()[list(indices)] = 1
-    assert ramp.kept == kept
-    found = aligned_model(seen)(input_ids=ids).logits
+    assert ramp.kept == seen.index_map
+    found = pruned_model(seen)(input_ids=ids).logits
     torch.testing.assert_close(model(input_ids=ids).logits, found, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(whole, found, atol=1e-2)
 
