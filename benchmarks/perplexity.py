@@ -36,6 +36,7 @@ from qlora_pipe.hf.tokens import Row as Tokens
 from qlora_pipe.hf.tokens import load_tokenizer
 from qlora_pipe.hf.tokens import rows as token_rows
 from qlora_pipe.plan import know
+from qlora_pipe.selection import read_index_map
 from qlora_pipe.sources import cache_folder
 from qlora_pipe.stages import decompose, refine
 from qlora_pipe.stages.base import Context
@@ -114,6 +115,10 @@ def context(config: Config, artifacts: dict[str, Artifact]) -> Context:
     known = know(config, base)
     if "allocate" in artifacts:
         known = known.with_allocation(read_allocation(allocation(artifacts)))
+    if "select" in artifacts:
+        folder, source = artifacts["select"].folder, artifacts["source"].manifest
+        kept = read_index_map(folder, source, known.architecture.layers)
+        known = known.with_kept([kept.kept_shape(layer) for layer in range(len(kept.layers))])
     return Context(config=config, known=known, base=base, inputs=artifacts, out=place, work=place, reporter=Reporter())
 
 

@@ -1,39 +1,14 @@
-"""Parameter counts of decoders and the counts that stay when pruned: ours, aligned, and LoRAM's own.
+"""How many groups stay of a layer that is pruned: our counts, aligned, and LoRAM's own.
 
 Integer arithmetic without tensors, so a plan can be drawn up before any weight is touched.
 """
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from fractions import Fraction
 
 from prune.exceptions import PruneError, RatioError
-from prune.groups import KIND, PRUNED_AXIS, ROLES, LayerShape, check_role, group_width, shape_of
-
-
-def parameter_count(
-    layers: Sequence[LayerShape], vocab: int, tied: bool, biases: bool | Collection[str] = False
-) -> int:
-    """Parameters of a decoder: seven weights and two norms a layer, a final norm, an embedding and a head.
-
-    ``tied`` counts embedding and head once. ``biases`` is False for none, True for all seven weights, or
-    the roles that carry one (("q", "k", "v") for Qwen2). Norms of queries and keys are not counted. Raises
-    PruneError when there is no layer, hidden sizes differ, ``vocab`` is not positive or a role is unknown.
-    """
-    hidden = {layer.hidden for layer in layers}
-    if len(hidden) != 1 or vocab < 1:
-        raise PruneError(f"expected one hidden size and a vocabulary, found {sorted(hidden)} and {vocab}")
-    width = hidden.pop()
-    biased = (ROLES if biases else ()) if isinstance(biases, bool) else biases
-    for role in biased:
-        check_role(role)
-    total = vocab * width * (1 if tied else 2) + width
-    for layer in layers:
-        total += 2 * width
-        for role in ROLES:
-            out, fan_in = shape_of(role, layer)
-            total += out * fan_in + (out if role in biased else 0)
-    return total
+from prune.groups import KIND, PRUNED_AXIS, ROLES, LayerShape, group_width
 
 
 def loram_kept(shape: LayerShape, ratio: float) -> LayerShape:

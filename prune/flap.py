@@ -1,7 +1,7 @@
-"""FLAP: score what varies, and let a bias stand in for the mean of what goes (arXiv 2312.11983).
+"""FLAP: score what varies (arXiv 2312.11983).
 
-A removed input channel j changes an output by W_:j x_j. Its mean W_:j E[x_j] can be given back as a bias, so what is
-lost is the fluctuation about it. Nothing is trained.
+A removed input channel j changes an output by W_:j x_j. Its mean W_:j E[x_j] can be given back, by a bias or by what is
+trained afterwards, so what is lost is the fluctuation about it.
 """
 
 from typing import Literal
@@ -9,11 +9,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from prune.exceptions import PruneError
 from prune.groups import LayerShape
-from prune.members import ROW_BLOCK, fold, magnitudes
+from prune.members import fold, magnitudes
 from prune.saliency import check_reader, column_sums
-from prune.slice import check_kept
 
 
 def fluctuation(role: str, weight: Tensor, variance: Tensor, shape: LayerShape) -> Tensor:
@@ -46,21 +44,3 @@ def standardised(role: str, channels: Tensor, shape: LayerShape, power: Literal[
     centred = values - values.mean()
     deviation = centred.square().sum().div(max(len(values) - 1, 1)).sqrt()
     return fold(role, torch.where(deviation == 0, 0.0, centred / deviation), shape) / sizes
-
-
-def compensation(weight: Tensor, mean: Tensor, removed: Tensor) -> Tensor:
-    """The bias that gives back the mean of what removed columns contributed: W[:, removed] mean[removed], fp32 [out].
-
-    To be added to the layer's bias, if it has one. ``weight`` [out, in], ``mean`` [in] of each input over tokens,
-    ``removed`` int64 ascending columns, none for a bias of zeros. Sums are fp64. Raises PruneError for shapes that do
-    not fit and for indices out of order or out of bounds. Peak bytes: 8 * 256 * removed.
-    """
-    if weight.ndim != 2 or mean.shape != weight.shape[1:]:
-        found = f"{tuple(weight.shape)} and {tuple(mean.shape)}"
-        raise PruneError(f"expected a weight [out, in] and the mean of each input, found {found}")
-    if removed.numel():
-        check_kept(removed, weight.shape[1])
-    columns = removed.to(weight.device, torch.int64)
-    gone = mean.to(weight.device, torch.float64)[columns]
-    blocks = (block.index_select(1, columns).to(torch.float64) @ gone for block in torch.split(weight, ROW_BLOCK))
-    return torch.cat(list(blocks)).to(torch.float32)

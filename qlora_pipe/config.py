@@ -93,11 +93,16 @@ class Calibrate(Section):
     )
 
 
+_LORAM = {"rounding": "loram", "protect_first": 4, "protect_last": 2}
+
+
 class Prune(Section):
     """Whole KV groups (with their query heads) and FFN channels."""
 
-    method: Literal["activation", "wanda", "flap", "taylor", "magnitude", "random"] = Field(
-        "activation", description="how groups are ranked; the first four use the calibration moments"
+    method: Literal["activation", "wanda", "flap", "taylor", "lora", "magnitude", "random"] = Field(
+        "activation",
+        description="how groups are ranked; the first four use the calibration moments, lora the gradients of slot C "
+        "while it is trained and groups are masked (LoRAPrune, see guide)",
     )
     ratio: Fraction | None = Field(
         None,
@@ -111,14 +116,33 @@ class Prune(Section):
     align: Positive = Field(64, description="kept FFN channels are a multiple of this")
     protect_first: Count = Field(0, description="first layers left whole")
     protect_last: Count = Field(0, description="last layers left whole")
+    rounding: Literal["aligned", "loram"] = Field(
+        "aligned", description="of nominal ratios; loram: as LoRAM counts heads and channels, to the digit, unaligned"
+    )
+    preset: Literal["loram"] | None = Field(
+        None, description="other defaults; loram: its rounding, the first four and the last two layers protected"
+    )
     time_limit: Rate = Field(60.0, description="most seconds spent on proving allocated widths optimal")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_preset(cls, value: Any) -> Any:
+        return _LORAM | value if isinstance(value, dict) and value.get("preset") == "loram" else value
+
+    @model_validator(mode="after")
+    def _rounding_is_of_one_nominal_ratio(self) -> "Prune":
+        if self.rounding == "loram" and (self.ratio is not None or self.kv_ratio != self.ffn_ratio):
+            raise ValueError(
+                "rounding: loram is defined for one nominal ratio: set kv_ratio and ffn_ratio to it, and ratio to null"
+            )
+        return self
 
     @model_validator(mode="after")
     def _allocated_widths_need_a_budget_and_comparable_scores(self) -> "Prune":
         if self.widths == "allocated":
             if self.ratio is None:
                 raise ValueError("widths: allocated needs a budget: set ratio, the share of the parameters that goes")
-            if self.method in ("magnitude", "random"):
+            if self.method in ("lora", "magnitude", "random"):
                 raise ValueError(
                     f"method: {self.method} gives scores that cannot be compared across layers, which widths: "
                     "allocated does; choose activation, wanda, flap or taylor, or widths: uniform"
@@ -166,6 +190,23 @@ class Adapter(Optimisation):
 
     rank: Positive = Field(16, description="rank of the adapter")
     alpha: Rate = Field(32.0, description="the adapter is scaled by alpha / rank")
+
+
+class Guide(Optimisation):
+    """prune.method lora: slot C learns generic text, and more and more groups are masked by what its gradients say."""
+
+    start: Fraction = Field(0.1, description="share of the steps before the first mask")
+    cooldown: Fraction = Field(0.1, description="share of the steps after the last mask")
+    interval: Positive = Field(10, description="steps between new masks")
+    decay: Fraction = Field(0.9, description="of the moving average of scores, at every step")
+    eta: Annotated[float, Field(ge=0)] = Field(
+        0.0, description="of the score's term that is quadratic in the gradients; 1 as published"
+    )
+    sides: Literal["matched", "published"] = Field(
+        "matched",
+        description="what slot C starts from; matched: in o and down B is random and A zero, so that columns, which "
+        "are what goes there, are told apart from the first step on; published: A is random and B zero everywhere",
+    )
 
 
 class Align(Adapter):
@@ -240,12 +281,18 @@ class Config(Section):
     decompose: Decompose = Field(default_factory=Decompose)
     refine: Refine = Field(default_factory=Refine)
     prune: Prune = Field(default_factory=Prune)
+    guide: Guide = Field(default_factory=Guide)
     align: Align = Field(default_factory=Align)
     train: Train = Field(default_factory=Train)
     compact: Compact = Field(default_factory=Compact)
     recover: Recover = Field(default_factory=Recover)
     export: Export = Field(default_factory=Export)
     evaluate: Evaluate = Field(default_factory=Evaluate)
+
+    @property
+    def compensates(self) -> bool:
+        """Whether the small model has a slot C: it is trained while pruning, or after, or both."""
+        return self.align.enabled or self.prune.method == "lora"
 
     @model_validator(mode="after")
     def _small_has_equal_widths(self) -> "Config":

@@ -135,7 +135,7 @@ class Known:
         """A warm start takes over what was trained before, slots C and T, and with it the rank."""
         if not self.config.compact.warm_start:
             return self.config.compact.rank
-        return self.config.train.rank + (self.config.align.rank if self.config.align.enabled else 0)
+        return self.config.train.rank + (self.config.align.rank if self.config.compensates else 0)
 
     def compact_adapter(self) -> layouts.Tensors:
         return layouts.adapter(self.small, self.compact_rank())
@@ -147,9 +147,11 @@ class Known:
             return {"moments": self.moments()}
         if stage == "decompose" or (stage == "refine" and config.refine.enabled):
             return {"model": self.decomposed()}
+        if stage == "select" and config.prune.method == "lora":
+            return {"adapter": layouts.adapter(self.architecture, config.align.rank)}
         if stage == "prune":
             return {"model": self.pruned()}
-        if stage == "align" and config.align.enabled:
+        if stage == "align" and config.compensates:
             return {"adapter": self.compensation()}
         if stage == "train":
             return {"adapter": self.adapter()}
@@ -188,7 +190,7 @@ class Known:
         """Whose weights a stage reads; `source` stands for the original model."""
         compact = ("compact",) if self.config.compact.enabled else ()
         deployed = (self.full_packed,) if self.config.recover.base == "decomposed" else ()
-        small = ("prune", "align") if self.config.align.enabled else ("prune",)
+        small = ("prune", "align") if self.config.compensates else ("prune",)
         trained = compact or (*small, "train")
         found: dict[str, tuple[str, ...]] = {
             "source": ("source",),
@@ -198,7 +200,7 @@ class Known:
             "refine": ("source", "decompose") if self.config.refine.enabled else (),
             "select": (self.full_packed, "calibrate"),
             "prune": (self.full_packed,),
-            "align": ("prune",) if self.config.align.enabled else (),
+            "align": ("select", "prune") if self.config.compensates else (),
             "train": small,
             "compact": ("source", *small[1:], "train") if compact else (),
             "recover": ("source", *small, "train", *compact, *deployed),

@@ -75,9 +75,13 @@ def _work(stage: str, known: Known) -> _Work:
         return _Work(0, max(matrix, stream))
     if stage == "refine" and config.refine.enabled:
         return _Work(_refinement(known), stream)
-    compensation = layouts.tensor_bytes(known.compensation()) if config.align.enabled else 0
+    compensation = layouts.tensor_bytes(known.compensation()) if config.compensates else 0
     packed = layouts.tensor_bytes(known.pruned())
-    if stage == "align" and config.align.enabled:
+    if stage == "select" and config.prune.method == "lora":
+        slot = layouts.tensor_bytes(layouts.adapter(full, config.align.rank))
+        trained = layouts.tensor_bytes(known.decomposed()) + _TRAINED_COPIES * slot
+        return _Work(trained + _batch(known, config.guide) + matrix, stream)
+    if stage == "align" and config.compensates:
         asking, targets = _teaching(known)
         training = packed + _TRAINED_COPIES * compensation + _batch(known, config.align)
         return _Work(max(asking, targets + training), stream)

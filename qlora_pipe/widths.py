@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 
-from prune.counting import counts_without, exact_ratio, group_parameters, kept_count, offered_counts
+from prune.counting import counts_without, exact_ratio, group_parameters, kept_count, loram_kept, offered_counts
 from prune.exceptions import RatioError
 from prune.groups import LayerShape
 from qlora_pipe.architectures import Architecture
@@ -67,6 +67,8 @@ def parameters_to_go(architecture: Architecture, settings: Prune) -> int:
 
 
 def _by_ratios(architecture: Architecture, settings: Prune) -> dict[int, tuple[int, int]]:
+    if settings.rounding == "loram":
+        return {number: _by_loram(architecture.layers[number], settings) for number in prunable(architecture, settings)}
     return {
         number: (
             _kept("kv_ratio", architecture.layers[number].kv_heads, settings.kv_ratio, 1),
@@ -74,6 +76,14 @@ def _by_ratios(architecture: Architecture, settings: Prune) -> dict[int, tuple[i
         )
         for number in prunable(architecture, settings)
     }
+
+
+def _by_loram(shape: LayerShape, settings: Prune) -> tuple[int, int]:
+    try:
+        kept = loram_kept(shape, settings.ffn_ratio)
+    except RatioError as error:
+        raise ConfigError(f"prune: {error}") from error
+    return kept.kv_heads, kept.ffn
 
 
 def _by_reduction(architecture: Architecture, settings: Prune) -> dict[int, tuple[int, int]]:

@@ -5,7 +5,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -28,10 +28,28 @@ from qlora_pipe.hf.loss import summed_loss
 from qlora_pipe.hf.tokens import Row, collate
 from quant.fakequant import L4QLinear
 
+
+class Watch(Protocol):
+    """Takes part in a training: sees the gradients of every step, and has a state that checkpoints keep."""
+
+    def before_step(self, step: int) -> None:
+        """Called with the number of the step, from 0, when its gradients are there and nothing has moved yet."""
+
+    def after_last_step(self) -> None:
+        """Called when all steps are made."""
+
+    def state(self) -> dict[str, Tensor]:
+        """What `load` needs to go on."""
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from a `state`."""
+
+
 SummedLoss = Callable[[PreTrainedModel, dict[str, Tensor]], Tensor]
 """(model, batch) to the loss summed over the scored tokens of the batch."""
 
 _SLOTS = "slots.safetensors"
+_WATCH = "watch.safetensors"
 _WHOLE = "whole.json"
 _OPTIMIZERS = {"adamw": "adamw_torch", "adamw_8bit": "adamw_bnb_8bit"}
 
@@ -47,6 +65,7 @@ def train(
     reporter: Reporter,
     step_rate: float | None = None,
     loss: SummedLoss = summed_loss,
+    watch: Watch | None = None,
 ) -> list[dict[str, float]]:
     """Train every parameter that requires a gradient; returns the log, one {step, loss, ...} per optimiser step.
 
@@ -60,12 +79,14 @@ def train(
             args=_arguments(settings, work, seed, device),
             train_dataset=list(rows),
             data_collator=collate,
-            callbacks=[_Watch(reporter, settings.steps, stack)],
+            callbacks=[_Steps(reporter, settings.steps, stack, watch)],
         )
         trainer.remove_callback(PrinterCallback)
         trainer.step_rate = step_rate
-        trainer.summed = loss
+        trainer.summed, trainer.watch = loss, watch
         trainer.train(resume_from_checkpoint=_last_whole_checkpoint(work))
+    if watch is not None:
+        watch.after_last_step()
     _check_finite(model, settings.steps)
     keep = ("step", "loss", "learning_rate", "grad_norm")
     return [{key: row[key] for key in keep if key in row} for row in trainer.state.log_history if "loss" in row]
@@ -109,6 +130,7 @@ class _SlotTrainer(Trainer):
 
     step_rate: float | None = None
     summed: SummedLoss
+    watch: Watch | None = None
     optimizer: torch.optim.Optimizer | None
 
     def compute_loss(
@@ -146,25 +168,35 @@ class _SlotTrainer(Trainer):
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         save_file(trained_parameters(self.model), folder / _SLOTS)
+        if self.watch is not None:
+            save_file(self.watch.state(), folder / _WATCH)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         saved = load_file(Path(resume_from_checkpoint) / _SLOTS)
         with torch.no_grad():
             for name, tensor in trained_parameters(model or self.model).items():
                 tensor.copy_(saved[name])
+        if self.watch is not None:
+            self.watch.load(load_file(Path(resume_from_checkpoint) / _WATCH))
 
 
-class _Watch(TrainerCallback):
+class _Steps(TrainerCallback):
     """Progress, positive step sizes, and the mark that makes a checkpoint whole."""
 
-    def __init__(self, reporter: Reporter, steps: int, stack: ExitStack) -> None:
-        self._reporter, self._steps, self._stack = reporter, steps, stack
+    def __init__(self, reporter: Reporter, steps: int, stack: ExitStack, watch: Watch | None) -> None:
+        self._reporter, self._steps, self._stack, self._watch = reporter, steps, stack, watch
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.global_step:
             self._reporter.event("resume", f"going on from step {state.global_step} of {self._steps}")
         # The Trainer says nothing when it fails; the stack closes the bar all the same.
         self._advance = self._stack.enter_context(self._reporter.progress("training", self._steps - state.global_step))
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        if self._watch is not None:
+            self._watch.before_step(state.global_step)
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -1,46 +1,79 @@
 """align: slot C, additive LoRA on generic text, which makes up for the structure that pruning removed.
 
-It is the small model's alone: the full model has that structure, so recover drops it (LoRAM, arXiv 2502.13533, aligns
-all weights of a dense small model instead).
+Where LoRAPrune's loop has trained it already, it goes on from there. It is the small model's alone: the full model has
+that structure, so recover drops it (LoRAM, arXiv 2502.13533, aligns all weights of a dense small model instead).
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from torch import Tensor
+
+from prune.scatter import restrict_adapter
 from qlora_pipe.config import Config
 from qlora_pipe.hf.distill import summed_distillation, teacher_targets
 from qlora_pipe.hf.loss import summed_loss
 from qlora_pipe.hf.training import SummedLoss
 from qlora_pipe.stages.base import Context, Stage, computing
 from qlora_pipe.stages.models import base_layers, pruned_model
+from qlora_pipe.stages.packing import read_factors
 from qlora_pipe.stages.train import fit_adapter, training_rows
 
 
 def run(context: Context) -> None:
     """Peak bytes: the packed small model, slot C with its optimiser state, activations of one batch. With a teacher
     8 `top` bytes a token more, and before that those of `teacher_targets`, without the small model."""
-    settings, dataset = context.config.align, context.config.data.calibration
-    if not settings.enabled:
-        context.write_json("skipped.json", {"reason": "align.enabled is false"})
+    config, dataset = context.config, context.config.data.calibration
+    guided = config.prune.method == "lora"
+    if not config.align.enabled:
+        if guided:
+            _write_sliced(context)
+        else:
+            context.write_json("skipped.json", {"reason": "align.enabled is false"})
         return
     loss: SummedLoss = summed_loss
-    if settings.teacher == "original":
-        chosen = training_rows(context, dataset, settings)
-        targets = teacher_targets(base_layers(context), chosen, settings.top, context.reporter)
+    if config.align.teacher == "original":
+        chosen = training_rows(context, dataset, config.align)
+        targets = teacher_targets(base_layers(context), chosen, config.align.top, context.reporter)
         loss = partial(summed_distillation, targets)
-    fit_adapter(context, pruned_model(context, dense=False), dataset, settings, loss)
+    start = _sliced(context) if guided else None
+    fit_adapter(context, pruned_model(context, dense=False), dataset, config.align, loss, start)
+
+
+def _sliced(context: Context) -> Callable[[str], tuple[Tensor, Tensor]]:
+    """Name of a linear map to what is left of its slot C, which was trained while groups were masked."""
+    reader = context.reader("select", "adapter")
+    places = {name: (layer, role) for layer, role, name in context.known.architecture.linears()}
+
+    def factors(name: str) -> tuple[Tensor, Tensor]:
+        layer, role = places[name]
+        kept = context.index_map.kept_indices(layer, role)
+        return restrict_adapter(*read_factors(reader.read, name), role, kept)
+
+    return factors
+
+
+def _write_sliced(context: Context) -> None:
+    factors = _sliced(context)
+    with context.writer(context.known.compensation(), stem="adapter") as writer:
+        for _, _, name in context.known.small.linears():
+            lora_a, lora_b = factors(name)
+            writer.write(f"{name}.lora_A.weight", lora_a)
+            writer.write(f"{name}.lora_B.weight", lora_b)
 
 
 def _settings(config: Config) -> dict[str, Any]:
+    slot = {"enabled": False, "guided": config.prune.method == "lora"}
     if not config.align.enabled:
-        return {"enabled": False}
-    return computing(config) | config.align.model_dump(mode="json", exclude={"save_steps"})
+        return slot
+    return slot | computing(config) | config.align.model_dump(mode="json", exclude={"save_steps"})
 
 
 STAGE = Stage(
     "align",
     1,
-    ("source", "allocate", "prune"),
+    ("source", "allocate", "select", "prune"),
     _settings,
     run,
     lambda config: {"calibration": config.data.calibration} if config.align.enabled else {},

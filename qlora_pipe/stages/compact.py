@@ -64,7 +64,7 @@ def _l4q_maker(context: Context) -> Make:
 def _warm_start(context: Context, adapter: TensorReader, name: str) -> tuple[Tensor, Tensor]:
     """Factors of which `compact_strength` times B A is what slots C and T add to the weight."""
     lora_a, lora_b = read_factors(adapter.read, name)
-    if not context.config.align.enabled:
+    if not context.config.compensates:
         return lora_a, lora_b
     slot_a, slot_b = compensation(context, name)
     return torch.cat([slot_a, lora_a]), torch.cat([slot_b / strength(context), lora_b], dim=1)

@@ -78,7 +78,7 @@ def _models(context: Context) -> Iterator[tuple[str, Model]]:
     yield "base", base_model(context)
     yield "decomposed", decomposed_model(context)
     yield "pruned", pruned_model(context)
-    if context.config.align.enabled:
+    if context.config.compensates:
         yield "aligned", aligned_model(context)
     small = context.reader("train", "adapter")
     yield "trained-small", aligned_model(context, with_adapter(small.read, strength(context), context.dtype))

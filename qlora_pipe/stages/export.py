@@ -115,7 +115,7 @@ def _small(context: Context) -> Read:
     """The pruned model with its adapters merged."""
     small, align = context.known.small, context.config.align
     dense = _dequantised(context, "prune", small)
-    if align.enabled:
+    if context.config.compensates:
         dense = _adapted(dense, small, context.reader("align", "adapter"), align.alpha / align.rank)
     return _adapted(dense, small, context.reader("train", "adapter"), strength(context))
 

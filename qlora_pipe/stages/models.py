@@ -44,6 +44,11 @@ def decomposed_model(context: Context, wrap: Wrap | None = None) -> Model:
     return _from_packed(context, context.known.full_packed, context.known.architecture, wrap, dense=True)
 
 
+def full_packed_model(context: Context) -> Model:
+    """The full model with weights Q + L1 L2, packed. Peak bytes: the packed model."""
+    return _from_packed(context, context.known.full_packed, context.known.architecture, None, dense=False)
+
+
 def tunable_model(context: Context, read: Callable[[str], Tensor]) -> Model:
     """The full model with weights Q + L1 L2, whose buffers `read` gives by name, and whose scales, levels and factors
     can be tuned. Peak bytes: the packed model with fp32 scales and factors, and their changes."""
@@ -68,7 +73,7 @@ def pruned_model(context: Context, wrap: Wrap | None = None, *, dense: bool = Tr
 
 def aligned_model(context: Context, wrap: Wrap | None = None, *, dense: bool = True) -> Model:
     """The same with slot C, frozen, if it was trained: what the task's adapter is trained on."""
-    if not context.config.align.enabled:
+    if not context.config.compensates:
         return pruned_model(context, wrap, dense=dense)
     return _from_packed(context, "prune", context.known.small, wrap, dense=dense, slot=partial(compensation, context))
 

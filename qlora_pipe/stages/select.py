@@ -15,10 +15,13 @@ from prune.saliency import GroupScores, activation, random, wanda
 from prune.select import keep_best
 from prune.taylor import gates
 from qlora_pipe.architectures import linear_name
+from qlora_pipe.config import Config
 from qlora_pipe.errors import StageError
+from qlora_pipe.hf.ramp import Ramp
 from qlora_pipe.selection import decide, record, scores_to_json, tabulate
-from qlora_pipe.stages.base import Context, Stage
-from qlora_pipe.stages.models import packed_map
+from qlora_pipe.stages.base import Context, Stage, computing
+from qlora_pipe.stages.models import full_packed_model, packed_map, packed_modules
+from qlora_pipe.stages.train import fit, write_adapter
 from qlora_pipe.widths import prunable
 
 Weight = Callable[[str], Tensor]
@@ -26,10 +29,11 @@ Weight = Callable[[str], Tensor]
 
 
 def run(context: Context) -> None:
-    """Peak bytes: one layer's packed tensors and one dense matrix of it."""
+    """Peak bytes: one layer's packed tensors and one dense matrix of it; with the method lora the packed model, slot C
+    with its optimiser state, activations of one batch and one dense matrix."""
     settings, architecture = context.config.prune, context.known.architecture
     try:
-        scores = _scores(context)
+        scores = _guided(context) if settings.method == "lora" else _scores(context)
         table = tabulate(scores, architecture, settings)
         counts, solution = decide(table, architecture, settings)
         kept = keep_best(scores, architecture.layers, counts)
@@ -69,6 +73,25 @@ def _scores(context: Context) -> list[dict[str, Tensor]]:
     return found
 
 
+def _guided(context: Context) -> list[dict[str, Tensor]]:
+    """Scores behind the last masks of LoRAPrune's loop; slot C, as it is when the loop ends, is written."""
+    config, known = context.config, context.known
+    generator = torch.Generator().manual_seed(config.seed)
+    model = full_packed_model(context)
+    modules = packed_modules(model)
+    for module in modules.values():
+        module.attach_adapter(config.align.rank, config.align.alpha, generator)
+    counts, _ = decide({}, known.architecture, config.prune)
+    ramp = Ramp(modules, known.architecture.layers, config.guide, counts)
+    if config.guide.sides == "matched":
+        ramp.match_sides(generator)
+    log = fit(context, model, config.data.calibration, config.guide, watch=ramp)
+    write_adapter(context, modules, known.architecture, config.align.rank)
+    context.write_json("history.json", log)
+    free = prunable(known.architecture, config.prune)
+    return [scores if layer in free else {} for layer, scores in enumerate(ramp.scores)]
+
+
 def _magnitude(weight: Weight, shape: LayerShape) -> dict[str, Tensor]:
     groups = GroupScores(shape)
     for role in ROLES:
@@ -103,10 +126,19 @@ def _told(body: Mapping[str, Any]) -> str:
     )
 
 
+def _settings(config: Config) -> dict[str, Any]:
+    found = {"seed": config.seed} | config.prune.model_dump(mode="json")
+    if config.prune.method == "lora":
+        slot = {"rank": config.align.rank, "alpha": config.align.alpha}
+        found |= computing(config) | {"guide": config.guide.model_dump(mode="json", exclude={"save_steps"}) | slot}
+    return found
+
+
 STAGE = Stage(
     "select",
     1,
     ("source", "calibrate", "allocate", "decompose", "refine"),
-    lambda config: {"seed": config.seed} | config.prune.model_dump(mode="json"),
+    _settings,
     run,
+    lambda config: {"calibration": config.data.calibration} if config.prune.method == "lora" else {},
 )

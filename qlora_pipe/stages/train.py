@@ -1,15 +1,20 @@
 """train: slot T, additive LoRA on the sliced Q + L1 L2 and slot C, on the packed base."""
 
+from collections.abc import Callable, Mapping
+
 import torch
+from torch import Tensor
 
 from qlora_pipe import datasets, layouts
+from qlora_pipe.architectures import Architecture
 from qlora_pipe.config import Adapter, Dataset, Optimisation
 from qlora_pipe.hf.loss import summed_loss
 from qlora_pipe.hf.model import Model
 from qlora_pipe.hf.tokens import Row, load_tokenizer, rows
-from qlora_pipe.hf.training import SummedLoss, train
+from qlora_pipe.hf.training import SummedLoss, Watch, train
 from qlora_pipe.stages.base import Context, Stage, computing
 from qlora_pipe.stages.models import aligned_model, packed_modules
+from quant.linear import PackedLinear
 
 
 def run(context: Context) -> None:
@@ -18,21 +23,35 @@ def run(context: Context) -> None:
 
 
 def fit_adapter(
-    context: Context, model: Model, dataset: Dataset, settings: Adapter, loss: SummedLoss = summed_loss
+    context: Context,
+    model: Model,
+    dataset: Dataset,
+    settings: Adapter,
+    loss: SummedLoss = summed_loss,
+    start: Callable[[str], tuple[Tensor, Tensor]] | None = None,
 ) -> None:
-    """Train an adapter of every packed map on a data set; write its factors, and the log of the steps."""
+    """Train an adapter of every packed map of the small model on a data set; write its factors, and the log of the
+    steps. `start` gives the factors A and B of the map of that name; without it A is random and B zero."""
     generator = torch.Generator().manual_seed(context.config.seed)
     modules = packed_modules(model)
-    for module in modules.values():
+    for name, module in modules.items():
         module.attach_adapter(settings.rank, settings.alpha, generator)
+        if start is not None:
+            lora_a, lora_b = start(name)
+            module.load_state_dict({"task_a": lora_a, "task_b": lora_b}, strict=False)
     log = fit(context, model, dataset, settings, loss=loss)
-    with context.writer(layouts.adapter(context.known.small, settings.rank), stem="adapter") as writer:
+    write_adapter(context, modules, context.known.small, settings.rank)
+    context.write_json("history.json", log)
+
+
+def write_adapter(context: Context, modules: Mapping[str, PackedLinear], architecture: Architecture, rank: int) -> None:
+    """The factors of the adapters that are attached to packed maps."""
+    with context.writer(layouts.adapter(architecture, rank), stem="adapter") as writer:
         for name, module in modules.items():
             assert module.task_a is not None
             assert module.task_b is not None
             writer.write(f"{name}.lora_A.weight", module.task_a)
             writer.write(f"{name}.lora_B.weight", module.task_b)
-    context.write_json("history.json", log)
 
 
 def fit(
@@ -42,6 +61,7 @@ def fit(
     settings: Optimisation,
     step_rate: float | None = None,
     loss: SummedLoss = summed_loss,
+    watch: Watch | None = None,
 ) -> list[dict[str, float]]:
     """Train what requires a gradient on `training_rows`; the log of the steps."""
     return train(
@@ -54,6 +74,7 @@ def fit(
         reporter=context.reporter,
         step_rate=step_rate,
         loss=loss,
+        watch=watch,
     )
 
 

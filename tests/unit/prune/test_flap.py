@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from prune.exceptions import PruneError
-from prune.flap import compensation, flap, fluctuation, standardised
+from prune.flap import flap, fluctuation, standardised
 from prune.groups import LayerShape, shape_of
 
 # 300 rows cross the row block of the sums.
@@ -72,40 +72,6 @@ def test_standardised_layers_compare_whatever_their_scale() -> None:
     assert bool(standardised("o", channels.log() * torch.inf, shape).isnan().all())
 
 
-@pytest.mark.parametrize("role", ["o", "down"])
-def test_the_bias_restores_the_mean_output(role: str) -> None:
-    _, weight, inputs = problem("gqa", role)
-    removed = torch.tensor([0, 3, 4])
-    kept = torch.tensor([1, 2, *range(5, inputs.shape[1])])
-    bias = compensation(weight, inputs.mean(dim=0), removed)
-    assert bias.dtype == torch.float32
-    means = [statistics.mean(column) for column in inputs.T.tolist()]
-    slow = [sum(row[j] * means[j] for j in removed.tolist()) for row in weight.tolist()]
-    torch.testing.assert_close(bias.double(), torch.tensor(slow, dtype=torch.float64), rtol=1e-6, atol=1e-6)
-    whole = inputs @ weight.double().T
-    pruned = inputs[:, kept] @ weight.double()[:, kept].T
-    torch.testing.assert_close((pruned + bias).mean(dim=0), whole.mean(dim=0), rtol=1e-5, atol=1e-5)
-    assert float((pruned - whole).mean(dim=0).abs().max()) > 0.1
-    # What is left is the fluctuation of what went: no other bias leaves less.
-    assert float((pruned + bias - whole).square().sum()) < float((pruned + bias * 1.01 - whole).square().sum())
-    assert float((pruned + bias - whole).square().sum()) < float((pruned + bias * 0.99 - whole).square().sum())
-
-
-def test_inputs_that_do_not_vary_cost_nothing_once_compensated() -> None:
-    shape = SHAPES["mqa"]
-    weight = torch.randn(shape_of("down", shape), generator=torch.Generator().manual_seed(0))
-    inputs = torch.tensor([[1.0, 2.0, 3.0, 4.0]]).repeat(5, 1)
-    assert flap("down", weight, inputs.var(dim=0), shape).tolist() == [0.0] * 4
-    bias = compensation(weight, inputs.mean(dim=0), torch.arange(4))
-    torch.testing.assert_close(bias, (inputs @ weight.T)[0], rtol=1e-6, atol=1e-6)
-
-
-def test_nothing_removed_is_no_bias() -> None:
-    weight, mean = torch.ones(300, 2).bfloat16(), torch.ones(2)
-    assert torch.equal(compensation(weight, mean, torch.tensor([], dtype=torch.int64)), torch.zeros(300))
-    assert compensation(weight, mean, torch.tensor([1])).tolist() == [1.0] * 300
-
-
 def test_bad_input_is_refused() -> None:
     shape = SHAPES["mha"]
     weight = torch.ones(shape_of("o", shape))
@@ -119,11 +85,3 @@ def test_bad_input_is_refused() -> None:
         standardised("o", torch.ones(5), shape)
     with pytest.raises(PruneError, match="found the power 3"):
         standardised("o", torch.ones(6), shape, 3)
-    with pytest.raises(PruneError, match=r"the mean of each input, found \(7, 6\) and \(7,\)"):
-        compensation(weight, torch.ones(7), torch.tensor([0]))
-    with pytest.raises(PruneError, match=r"the mean of each input, found \(7,\) and \(\)"):
-        compensation(weight[:, 0], torch.tensor(0.0), torch.tensor([0]))
-    with pytest.raises(PruneError, match="strictly ascending"):
-        compensation(weight, torch.ones(6), torch.tensor([3, 1]))
-    with pytest.raises(PruneError, match=r"within \[0, 6\)"):
-        compensation(weight, torch.ones(6), torch.tensor([6]))

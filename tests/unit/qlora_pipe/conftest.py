@@ -33,7 +33,7 @@ INPUTS = {
     "refine": ("source", "allocate", "decompose"),
     "select": ("source", "calibrate", "allocate", "decompose", "refine"),
     "prune": ("source", "allocate", "decompose", "refine", "select"),
-    "align": ("source", "allocate", "prune"),
+    "align": ("source", "allocate", "select", "prune"),
     "train": ("source", "allocate", "prune", "align"),
     "compact": ("source", "select", "prune", "align", "train"),
     "recover": ("source", "allocate", "decompose", "refine", "select", "prune", "align", "train", "compact"),

@@ -1,5 +1,6 @@
 """Widths from shapes alone: nominal ratios, true reductions, and what cannot be had."""
 
+import math
 from typing import Any
 
 import pytest
@@ -33,6 +34,71 @@ def test_parameters_of_groups_add_up_to_the_tensors(biased: str) -> None:
     for kind, narrower in (("kv", {"kv_heads": 3, "heads": 6}), ("ffn", {"ffn": 255})):
         fewer = model.with_layers([LayerShape(**{**vars(SHAPE), **narrower}), *model.layers[1:]])
         assert model.block_parameters() - fewer.block_parameters() == sizes[kind]
+
+
+LLAMA_70B = LayerShape(hidden=8192, heads=64, kv_heads=8, head_dim=128, ffn=28672)
+PUBLISHED = {
+    "llama2-13b": (LayerShape(hidden=5120, heads=40, kv_heads=40, head_dim=128, ffn=13824), 40, 32000),
+    "llama2-70b": (LLAMA_70B, 80, 32000),
+    "llama3.1-70b": (LLAMA_70B, 80, 128256),
+}
+
+
+def published(name: str, ratio: float) -> int:
+    """All parameters of a public model after LoRAM's pruning at a nominal ratio."""
+    shape, layers, vocab = PUBLISHED[name]
+    model = Architecture("llama", FAMILIES[0], vocab, (shape,) * layers, False, frozenset())
+    small = small_architecture(model, settings(preset="loram", kv_ratio=ratio, ffn_ratio=ratio))
+    return sum(math.prod(tensor) for tensor in small.tensors().values())
+
+
+@pytest.mark.parametrize(
+    ("name", "ratio", "count"),
+    [
+        ("llama2-13b", 0.0, 13_015_864_320),
+        ("llama2-70b", 0.0, 68_976_648_192),
+        ("llama3.1-70b", 0.0, 70_553_706_496),
+        ("llama2-13b", 0.65, 6_005_662_720),
+        ("llama2-70b", 0.65, 28_099_436_544),
+        ("llama2-70b", 0.75, 21_488_738_304),
+        ("llama2-70b", 0.85, 16_272_924_672),
+        ("llama2-70b", 0.95, 9_662_226_432),
+        ("llama3.1-70b", 0.85, 17_849_982_976),
+    ],
+)
+def test_the_published_counts_of_loram(name: str, ratio: float, count: int) -> None:
+    """arXiv 2502.13533, every structured row."""
+    assert published(name, ratio) == count
+
+
+@pytest.mark.parametrize(
+    ("name", "printed", "with_constants", "with_embeddings"),
+    [("llama2-70b", 16.95, 16.43, 15.04), ("llama3.1-70b", 15.81, 15.32, 11.45)],
+)
+def test_the_published_reductions_of_qloram(
+    name: str, printed: float, with_constants: float, with_embeddings: float
+) -> None:
+    """As printed they count four bits for every parameter, embeddings and head too, and no constants."""
+    shape, _, vocab = PUBLISHED[name]
+    whole, small = published(name, 0.0), published(name, 0.85)
+    stored = 4 + 8 / 64 + 32 / (64 * 256)  # NF4, blocks of 64, 8-bit absmax in groups of 256
+    ends = 2 * vocab * shape.hidden  # embedding and head stay in 16 bits
+    assert round(whole * 16 / (small * 4), 2) == printed
+    assert round(whole * 16 / (small * stored), 2) == with_constants
+    assert round(whole * 16 / ((small - ends) * stored + ends * 16), 2) == with_embeddings
+
+
+def test_rules_of_loram_are_of_one_nominal_ratio() -> None:
+    with pytest.raises(ValueError, match="one nominal ratio"):
+        settings(preset="loram", kv_ratio=0.5, ffn_ratio=0.25)
+    with pytest.raises(ValueError, match="one nominal ratio"):
+        settings(preset="loram", ratio=0.25)
+    model = architecture(8)
+    with pytest.raises(ConfigError, match=r"prune: ratio 0\.9 would keep 0 KV heads"):
+        small_architecture(
+            model.with_layers([LayerShape(64, 4, 4, 16, 256)] * 8),
+            settings(preset="loram", kv_ratio=0.9, ffn_ratio=0.9),
+        )
 
 
 def test_the_reference_value_of_llama_7b() -> None:

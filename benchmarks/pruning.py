@@ -1,0 +1,102 @@
+"""What pruning costs, before and after alignment: every ranking at the same true reduction of the blocks' parameters.
+
+    python benchmarks/pruning.py [--short] [--json FILE] [--model smollm2|gemma3] [--reductions 0.1,0.2,0.3,0.5]
+        [--methods NAMES] [--steps 32] [--windows N] [--calibration N]
+
+The base is the model decomposed to 4 bits, whose codes are sliced. After: slot C was trained on the same rows of
+generic text by every method, `--steps` of 4 rows of 256 tokens, to predict what the original predicts; of the methods
+named lora, LoRAPrune's loop takes the first half of these steps and alignment the second. `lora-published` starts
+adapters as LoRA does and counts the term that is quadratic in the gradients, `lora` sees columns from their side.
+`allocated` is `activation` with widths of each layer chosen by the integer programme, all others prune every layer
+alike. Ratio is perplexity over that of the unpruned, unquantised model, spread its standard error over windows; the
+last row of a reduction is the best of ours (lora, activation, allocated) over the lowest of the others, after
+alignment. Text and models: benchmarks/perplexity.py.
+"""
+
+import argparse
+import shutil
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+
+import rows
+from perplexity import SUBJECTS, base_losses, compare, context, heldout, setting, settings
+from rows import Row
+
+from qlora_pipe.compile import compile_model
+from qlora_pipe.config import Config
+from qlora_pipe.events import Reporter
+from qlora_pipe.hf.loss import score
+from qlora_pipe.hf.tokens import Row as Tokens
+from qlora_pipe.stages.models import aligned_model, pruned_model
+
+REDUCTIONS = (0.1, 0.2, 0.3, 0.5)
+OURS = ("lora", "activation", "allocated")
+OTHERS = ("random", "magnitude", "taylor", "wanda", "flap")
+BATCH = {"batch_size": 4, "length": 256}
+
+
+def methods(steps: int) -> dict[str, tuple[str, ...]]:
+    """Overrides by name."""
+    aligned = setting("align", enabled=True, steps=steps, **BATCH)
+    halves = (*setting("align", enabled=True, steps=steps // 2, **BATCH), *setting("guide", steps=steps // 2, **BATCH))
+    found = {name: (*setting("prune", method=name), *aligned) for name in OTHERS}
+    for name, guide in (("lora-published", {"sides": "published", "eta": 1.0}), ("lora", {})):
+        found[name] = (*setting("prune", method="lora"), *setting("guide", interval=2, **guide), *halves)
+    found["activation"] = (*setting("prune", method="activation"), *aligned)
+    allocated = setting("prune", method="activation", widths="allocated")
+    return found | {"allocated": (*allocated, *aligned)}
+
+
+def measured(config: Config, windows: Sequence[Tokens]) -> tuple[list[float], list[float], float]:
+    """Losses before and after alignment, and the true reduction."""
+    artifacts = compile_model(config, Reporter(), until="align")
+    seen = context(config, artifacts)
+    before, after = ([score(make(seen), [w]).loss for w in windows] for make in (pruned_model, aligned_model))
+    reduction = seen.read_json("select", "selection.json")["true_reduction"]
+    for stage in ("select", "prune", "align"):
+        shutil.rmtree(artifacts[stage].folder)
+    return before, after, reduction
+
+
+def best_rows(share: float, after: Mapping[str, Sequence[float]]) -> Iterator[Row]:
+    """The best of ours beside the lowest of the others."""
+    sides = [{name: loss for name, loss in after.items() if (name in OURS) == ours} for ours in (True, False)]
+    if all(sides):
+        ours, other = (min(side, key=lambda name: statistics.fmean(side[name])) for side in sides)
+        measure = f"{share:.0%}, aligned: ours ({ours}) / lowest other ({other})"
+        yield compare(measure, sides[0][ours], sides[1][other], 1.0)
+
+
+def measure(arguments: argparse.Namespace) -> Iterator[Row]:
+    """Two rows a reduction and method, and each reduction's summary."""
+    subject = SUBJECTS[arguments.model]
+    windows = heldout(subject, arguments.windows or (4 if arguments.short else 8))
+    known = methods(arguments.steps)
+    names = arguments.methods.split(",") if arguments.methods else list(known)
+    if set(names) - set(known):
+        raise SystemExit(f"--methods: expected some of {', '.join(known)}, found {arguments.methods}")
+    base = (*setting("decompose", budget="4bits", ranks=[0, 16]), *setting("export", small=False))
+    whole = base_losses(settings(subject), windows)
+    shares = [float(text) for text in arguments.reductions.split(",")] if arguments.reductions else REDUCTIONS
+    for share in shares[1:2] if arguments.short else shares:
+        after: dict[str, list[float]] = {}
+        for name in names:
+            chosen = (*base, *known[name], *setting("prune", ratio=share))
+            config = settings(subject, *chosen, sequences=arguments.calibration)
+            before, after[name], reduction = measured(config, windows)
+            place = f"{subject.name}, {share:.0%} ({reduction:.2%}): {name}"
+            yield compare(f"{place}, pruned / unpruned", before, whole, None)
+            yield compare(f"{place}, aligned / unpruned", after[name], whole, None)
+        yield from best_rows(share, after)
+
+
+if __name__ == "__main__":
+    options = rows.parser("Perplexity after pruning, by how groups are ranked, before and after alignment.")
+    options.add_argument("--model", choices=sorted(SUBJECTS), default="smollm2")
+    options.add_argument("--reductions", metavar="SHARES", help="of the blocks' parameters, separated by commas")
+    options.add_argument("--methods", metavar="NAMES", help="separated by commas; default: all")
+    options.add_argument("--steps", type=int, default=32, metavar="N", help="training steps of every method")
+    options.add_argument("--windows", type=int, metavar="N", help="held-out windows (default 8, short 4)")
+    options.add_argument("--calibration", type=int, default=16, metavar="N", help="calibration rows of 512 tokens")
+    given = options.parse_args()
+    rows.show(measure(given), given.json)

@@ -1,0 +1,156 @@
+"""LoRAPrune's loop (arXiv 2305.18403): while an adapter learns generic text, its gradients rank the groups of every
+layer, and a growing share of the weakest is masked; the adapter goes on to make up for them."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from prune.average import MovingAverage
+from prune.groups import ROLES, LayerShape, group_width
+from prune.indexmap import IndexMap
+from prune.lora_guided import Adapter, guided, side_matched
+from prune.members import MemberScores
+from prune.schedule import mask_updates
+from prune.select import keep_best
+from qlora_pipe.architectures import linear_name
+from qlora_pipe.config import Guide
+from qlora_pipe.errors import StageError
+from quant.linear import PackedLinear
+
+Scores = list[dict[str, Tensor]]
+"""Scores of every layer's groups by kind."""
+
+_MASKED = {"kv": "v", "ffn": "up"}
+"""The linear map whose outputs a mask covers. A head without values and a channel without up add exactly nothing, so
+neither do they get a gradient."""
+
+
+class Ramp:
+    """Masks over the groups of a packed model, and the scores that set them.
+
+    `modules`: name to packed map with its adapter attached. `counts`: KV groups and FFN channels of every layer that
+    stay in the end. Give it to `training.train` as `watch`. A group that is masked stays so: it counts as scored 0.
+    Peak bytes beside the training: one dense matrix and the chunks of its score, at every step.
+    """
+
+    def __init__(
+        self,
+        modules: Mapping[str, PackedLinear],
+        shapes: Sequence[LayerShape],
+        settings: Guide,
+        counts: Sequence[tuple[int, int]],
+    ) -> None:
+        self._modules, self._shapes, self._settings, self._counts = modules, tuple(shapes), settings, tuple(counts)
+        # Shares of what is to go in the end; the schedule itself takes no target of 1.
+        self._due = {
+            step: 2 * half
+            for step, half in mask_updates(
+                settings.steps, 0.5, warmup=settings.start, cooldown=settings.cooldown, interval=settings.interval
+            )
+        }
+        self._average = MovingAverage(shapes, settings.decay)
+        self.masks: Scores = [
+            {kind: torch.ones(shape.group_count(kind), dtype=torch.float64) for kind in _MASKED} for shape in shapes
+        ]
+        self.scores: Scores = []
+        for layer, shape in enumerate(shapes):
+            for kind, role in _MASKED.items():
+                self._map(layer, role).register_forward_hook(self._masking(layer, kind, group_width(role, shape)))
+
+    @property
+    def kept(self) -> IndexMap:
+        """The groups that are left; `scores` is what they were chosen by."""
+        return keep_best(self.masks, self._shapes, [(int(m["kv"].sum()), int(m["ffn"].sum())) for m in self.masks])
+
+    def match_sides(self, generator: torch.Generator) -> None:
+        """Start the adapters of o and down with B random and A zero, in place of A random and B zero: seen through B,
+        gradients tell the columns apart, which are what goes of these maps."""
+        for layer, shape in enumerate(self._shapes):
+            for role in ("o", "down"):
+                module = self._map(layer, role)
+                assert module.task_a is not None
+                assert module.task_b is not None
+                rank, out = len(module.task_a), len(module.task_b)
+                _, drawn = side_matched(role, shape, rank, generator)
+                with torch.no_grad():
+                    module.task_a.zero_()
+                    # As large as LoRA's random A is: the learning rate is meant for that.
+                    module.task_b.copy_(drawn * (rank / (3 * out)) ** 0.5)
+
+    def before_step(self, step: int) -> None:
+        """Take in the gradients of optimiser step `step`, counted from 0, and renew the masks if it is time."""
+        self._average.update([self._layer_scores(layer) for layer in range(len(self._shapes))])
+        if step in self._due:
+            self._renew(self._due[step])
+
+    def after_last_step(self) -> None:
+        """The last renewal, if the schedule has no cool-down."""
+        if self._settings.steps in self._due:
+            self._renew(self._due[self._settings.steps])
+
+    def state(self) -> dict[str, Tensor]:
+        """All it needs to go on."""
+        parts = {"mask": self.masks, "average": self._average.scores(), "score": self.scores}
+        return {
+            f"{name}.{layer}.{kind}": values
+            for name, layers in parts.items()
+            for layer, found in enumerate(layers)
+            for kind, values in found.items()
+        }
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from a `state`."""
+
+        def part(name: str) -> Scores:
+            return [
+                {kind: state[f"{name}.{layer}.{kind}"] for kind in _MASKED}
+                for layer in range(len(self._shapes))
+                if f"{name}.{layer}.kv" in state
+            ]
+
+        self._average = MovingAverage(self._shapes, self._settings.decay, part("average"))
+        self.masks, self.scores = part("mask"), part("score")
+
+    def _renew(self, share: float) -> None:
+        """Mask so large a share of what is to go in the end."""
+        average = self._average.scores()
+        if not any(bool(values.any()) for layer in average for values in layer.values()):
+            raise StageError("no step so far had finite gradients to rank groups by; lower guide.learning_rate")
+        self.scores = [
+            {kind: average[layer][kind] * mask[kind] for kind in mask} for layer, mask in enumerate(self.masks)
+        ]
+        now = [
+            (_left(shape.kv_heads, kv_heads, share), _left(shape.ffn, ffn, share))
+            for shape, (kv_heads, ffn) in zip(self._shapes, self._counts, strict=True)
+        ]
+        kept = keep_best(self.scores, self._shapes, now)
+        for layer, mask in enumerate(self.masks):
+            for kind, indices in (("kv", kept.layers[layer].kv_heads), ("ffn", kept.layers[layer].ffn)):
+                mask[kind] = torch.zeros_like(mask[kind]).index_fill_(0, torch.tensor(indices), 1)
+
+    def _layer_scores(self, layer: int) -> dict[str, Tensor]:
+        shape, members = self._shapes[layer], MemberScores(self._shapes[layer])
+        for role in ROLES:
+            module = self._map(layer, role)
+            a, b = module.task_a, module.task_b
+            assert a is not None
+            assert b is not None
+            assert a.grad is not None
+            assert b.grad is not None
+            adapter = Adapter(a.detach(), b.detach(), a.grad, b.grad, module.task_scale)
+            members.add(role, guided(role, adapter, module.dequantized(), shape, eta=self._settings.eta))
+        return members.scores()
+
+    def _masking(self, layer: int, kind: str, width: int) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+        def masked(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            return output * self.masks[layer][kind].to(output).repeat_interleave(width)
+
+        return masked
+
+    def _map(self, layer: int, role: str) -> PackedLinear:
+        return self._modules[linear_name(layer, role)]
+
+
+def _left(total: int, final: int, share: float) -> int:
+    return total - round((total - final) * share)
