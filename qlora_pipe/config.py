@@ -208,6 +208,12 @@ class Guide(Optimisation):
         "are what goes there, are told apart from the first step on; published: A is random and B zero everywhere",
     )
 
+    @model_validator(mode="after")
+    def _leaves_a_ramp(self) -> "Guide":
+        if self.start + self.cooldown >= 1:
+            raise ValueError("start and cooldown are shares of the steps: together they must leave some to prune in")
+        return self
+
 
 class Align(Adapter):
     """Slot C: LoRA on generic text, which makes up for what pruning removed; the full model does not get it."""
