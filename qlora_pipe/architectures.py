@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from prune.exceptions import PruneError
 from prune.groups import ROLES, LayerShape, shape_of
 from qlora_pipe.errors import UnsupportedModel
 
@@ -96,6 +97,32 @@ class Architecture:
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
         """(out, in) of every linear map of the blocks, by module name."""
         return {name: shape_of(role, self.layers[layer]) for layer, role, name in self.linears()}
+
+    def with_linear_shapes(self, shapes: Mapping[str, tuple[int, int]]) -> "Architecture":
+        """The same with linear maps of the given (out, in), where they differ: inverse of `linear_shapes`.
+
+        Raises UnsupportedModel if they are not those of layers with whole KV groups and FFN channels taken out.
+        """
+        wanted = self.linear_shapes() | dict(shapes)
+        layers = []
+        for layer, shape in enumerate(self.layers):
+            kv_heads = wanted[linear_name(layer, "k")][0] // shape.head_dim
+            heads, ffn = kv_heads * shape.queries_per_kv, wanted[linear_name(layer, "gate")][0]
+            try:
+                layers.append(replace(shape, heads=heads, kv_heads=kv_heads, ffn=ffn))
+            except PruneError as error:
+                raise UnsupportedModel(f"layer {layer} cannot have linear maps of these sides: {error}") from error
+        found = self.with_layers(layers)
+        implied = found.linear_shapes()
+        for name, sides in wanted.items():
+            if name not in implied:
+                raise UnsupportedModel(f"{name}: expected a linear map of a block, found none of that name")
+            if sides != implied[name]:
+                raise UnsupportedModel(
+                    f"{name}: expected sides {list(implied[name])}, which the other maps of its layer imply, "
+                    f"found {list(sides)}"
+                )
+        return found
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every tensor of the dense checkpoint."""

@@ -4,6 +4,7 @@ Imported by qlora_pipe.hf.registration when transformers' table of quantizers is
 transformers is still being imported: this file may import only what that table has imported already.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from qlora_pipe.architectures import EMBEDDING, HEAD
+from qlora_pipe.architectures import EMBEDDING, HEAD, from_config
 from qlora_pipe.artifacts.headers import read_header
 from qlora_pipe.artifacts.layout import DTYPE_CODE, TensorSpec
 from qlora_pipe.errors import SourceError
@@ -52,6 +53,7 @@ class PackedQuantizer(HfQuantizer):
         self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> nn.Module:
         packings = self.quantization_config.packings
+        _check_sides(model.config, packings)
         for name, packing in packings.items():
             packed = _packed(model, name, packing)
             parent, _, leaf = name.rpartition(".")
@@ -73,6 +75,20 @@ class PackedQuantizer(HfQuantizer):
         return True
 
 
+def _check_sides(config: Any, packings: Mapping[str, Packing]) -> None:
+    """Raise SourceError if maps have sides of their own that no pruned layers of the model would have.
+
+    Attention reads the numbers of heads off the tensors, so a model of such maps might run, and mean nothing.
+    """
+    sides = {name: packing.sides for name, packing in packings.items() if packing.sides is not None}
+    if not sides:
+        return
+    try:
+        from_config(config.to_dict()).with_linear_shapes(sides)
+    except SourceError as error:
+        raise SourceError(f"sides in quantization_config: {error}; fetch the folder's config.json again") from error
+
+
 def _packed(model: nn.Module, name: str, packing: Packing) -> nn.Module:
     """What takes the place of module `name`; raises SourceError if nothing packed can."""
     try:
@@ -80,16 +96,18 @@ def _packed(model: nn.Module, name: str, packing: Packing) -> nn.Module:
     except AttributeError:
         place = None
     if isinstance(place, nn.Linear):
-        sides, bias = (place.in_features, place.out_features), place.bias is not None
+        sides, bias = (place.out_features, place.in_features), place.bias is not None
     elif isinstance(place, nn.Embedding):
-        sides, bias = (place.embedding_dim, place.num_embeddings), False
+        sides, bias = (place.num_embeddings, place.embedding_dim), False
     else:
         raise SourceError(
             f"quantization_config packs {name}, but {type(model).__name__} has no linear map there, and no embedding; "
             "load the folder with AutoModelForCausalLM, and keep its config.json as it was written"
         )
+    rows, columns = packing.sides or sides
+    shape = PackedShape(columns, rows, packing.choice, packing.transposed, bias)
     try:
-        return packed_like(place, PackedShape(*sides, packing.choice, packing.transposed, bias), place.weight.dtype)
+        return packed_like(place, shape, place.weight.dtype)
     except QuantError as error:
         raise SourceError(f"quantization_config does not fit {name}: {error}") from error
 

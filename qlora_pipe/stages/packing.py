@@ -32,7 +32,6 @@ def write_packed_model(context: Context, maps: Iterable[tuple[str, Mapping[str, 
     Peak bytes: the largest tensor as the checkpoint has it and, if that is packed, its packed form; and what `maps`
     holds. Raises WeightError or StageError naming a table that cannot be packed."""
     known, tables = context.known, context.known.tables()
-    packings = {name: Packing(shape.choice, shape.transposed) for name, shape in tables.items()}
     with context.writer(known.decomposed()) as writer:
         for name, buffers in maps:
             for buffer, tensor in buffers.items():
@@ -43,10 +42,17 @@ def write_packed_model(context: Context, maps: Iterable[tuple[str, Mapping[str, 
         for name in known.architecture.others():
             if name.removesuffix(".weight") not in tables:
                 writer.write(name, context.base_reader.read(name))
-    for layer, role, name in known.architecture.linears():
-        shape = known.packed_shape("decompose", layer, role)
-        packings[name] = Packing(shape.choice, shape.transposed)
+    packings = packings_of(context, "decompose")
     write_packed_settings(context.out, packings, config=read_config(context.base), base=context.base)
+
+
+def packings_of(context: Context, stage: str) -> dict[str, Packing]:
+    """How decompose, refine or prune stores tables and linear maps, by module name."""
+    known = context.known
+    shapes = known.tables()
+    for layer, role, name in known.architecture.linears():
+        shapes[name] = known.packed_shape(stage, layer, role)
+    return {name: Packing(shape.choice, shape.transposed) for name, shape in shapes.items()}
 
 
 def _packed_table(context: Context, tensor: str, shape: PackedShape) -> dict[str, Tensor]:

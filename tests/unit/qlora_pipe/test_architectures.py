@@ -1,5 +1,6 @@
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -139,3 +140,31 @@ def test_a_folder_is_checked_against_its_config(tmp_path: Path) -> None:
     save_file(tensors | {"model.layers.0.mlp.router.weight": torch.zeros(2)}, tmp_path / "model.safetensors")
     with pytest.raises(UnsupportedModel, match="router"):
         architecture_of(find_model(str(tmp_path)))
+
+
+def test_linear_shapes_give_the_widths_back(llama: Architecture) -> None:
+    first, second = llama.layers
+    small = llama.with_layers((first, replace(second, heads=2, kv_heads=1, ffn=32)))
+    assert llama.with_linear_shapes(small.linear_shapes()) == small
+    last = {name: sides for name, sides in small.linear_shapes().items() if name.startswith("model.layers.1.")}
+    assert llama.with_linear_shapes(last) == small
+    assert llama.with_linear_shapes({}) == llama
+
+
+@pytest.mark.parametrize(
+    ("name", "sides", "message"),
+    [
+        ("model.layers.0.self_attn.q_proj", (48, 64), r"q_proj: expected sides \[64, 64\], .* found \[48, 64\]"),
+        ("model.layers.0.self_attn.k_proj", (16, 64), r"q_proj: expected sides \[32, 64\]"),
+        ("model.layers.0.self_attn.k_proj", (24, 64), "expected sides"),
+        ("model.layers.0.self_attn.k_proj", (8, 64), "layer 0 cannot have .*heads must be a positive integer"),
+        ("model.layers.1.mlp.gate_proj", (96, 64), r"layers.1.mlp.up_proj: expected sides \[96, 64\]"),
+        ("model.layers.1.mlp.down_proj", (64, 96), r"down_proj: expected sides \[64, 192\]"),
+        ("model.layers.1.mlp.up_proj", (192, 32), r"up_proj: expected sides \[192, 64\]"),
+        ("model.layers.2.mlp.up_proj", (192, 64), "found none of that name"),
+        ("lm_head", (100, 64), "lm_head: expected a linear map of a block"),
+    ],
+)
+def test_linear_shapes_of_no_pruned_layer(llama: Architecture, name: str, sides: tuple[int, int], message: str) -> None:
+    with pytest.raises(UnsupportedModel, match=message):
+        llama.with_linear_shapes({name: sides})

@@ -1,0 +1,72 @@
+"""quantization_config of packed folders: both versions, to the letter, and what neither would be."""
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from qlora_pipe.errors import SourceError
+from qlora_pipe.packed_config import Packing, from_json, to_json
+from quant.storage import Choice
+
+CHOICE = Choice("nf", 4, 16, 4)
+UP, DOWN = "model.layers.0.mlp.up_proj", "model.layers.0.mlp.down_proj"
+WHOLE = {UP: Packing(CHOICE, False), DOWN: Packing(CHOICE, True)}
+NARROW = {UP: Packing(CHOICE, False, (32, 64)), DOWN: Packing(CHOICE, True)}
+FORMAT = {
+    "grid": "nf",
+    "bits": 4,
+    "block_size": 16,
+    "rank": 4,
+    "scale_bits": 8,
+    "scale_dtype": "bfloat16",
+    "superblock": None,
+    "factor_dtype": "bfloat16",
+}
+FIRST = {
+    "quant_method": "qlora_pipe",
+    "version": 1,
+    "formats": [FORMAT | {"transposed": False}, FORMAT | {"transposed": True}],
+    "modules": {UP: 0, DOWN: 1},
+}
+SECOND = FIRST | {"version": 2, "sides": {UP: [32, 64]}}
+
+
+@pytest.mark.parametrize(("packings", "body"), [(WHOLE, FIRST), (NARROW, SECOND)])
+def test_both_versions_are_written_and_read(packings: dict[str, Packing], body: dict[str, Any]) -> None:
+    assert to_json(packings) == body
+    assert from_json(json.loads(json.dumps(body))) == packings
+
+
+def test_sides_make_no_formats() -> None:
+    packings = {f"map{side}": Packing(CHOICE, False, (side, 64)) for side in (16, 32, 48)}
+    assert len(to_json(packings)["formats"]) == 1
+    assert from_json(to_json(packings)) == packings
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda body: body.update(version=3), "expected version 1 or 2, found 3"),
+        (lambda body: body.update(version=None), "expected version 1 or 2, found None"),
+        (lambda body: body.update(version=1), "sides .* in version 1"),
+        (lambda body: body.pop("sides"), "sides None in version 2"),
+        (lambda body: body.update(sides={}), "sides {} in version 2"),
+        (lambda body: body.update(sides=[1]), "AttributeError"),
+        (lambda body: body["sides"].update({"model.norm": [1, 64]}), "KeyError.'model.norm'"),
+        (lambda body: body["sides"].update({UP: [-32, 64]}), r"above 0, not \[-32, 64\]"),
+        (lambda body: body["sides"].update({UP: [0, 64]}), "above 0"),
+        (lambda body: body["sides"].update({UP: [32]}), r"must be \[out, in\]"),
+        (lambda body: body["sides"].update({UP: [32, 64, 1]}), r"must be \[out, in\]"),
+        (lambda body: body["sides"].update({UP: [32.0, 64]}), r"must be \[out, in\]"),
+        (lambda body: body["sides"].update({UP: [True, 64]}), r"must be \[out, in\]"),
+        (lambda body: body["sides"].update({UP: "32"}), r"must be \[out, in\]"),
+        (lambda body: body["sides"].update({UP: None}), r"must be \[out, in\]"),
+    ],
+)
+def test_what_would_not_be_written_is_refused(change: Callable[[dict[str, Any]], Any], says: str) -> None:
+    body = json.loads(json.dumps(SECOND))
+    change(body)
+    with pytest.raises(SourceError, match=says):
+        from_json(body)
