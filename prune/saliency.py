@@ -3,7 +3,6 @@
 Every score is a dict {"kv": fp64 [kv_heads], "ffn": fp64 [ffn]}; larger means more important.
 """
 
-from collections.abc import Mapping
 from typing import Literal
 
 import torch
@@ -47,17 +46,6 @@ class GroupScores:
         Raises PruneError when a weight is missing: a group scored on some of its members is not comparable.
         """
         return self._members.scores()
-
-
-def magnitude(weights: Mapping[str, Tensor], shape: LayerShape) -> dict[str, Tensor]:
-    """Magnitude scores of one layer from its seven dense weights [out, in] by role; see ``GroupScores``.
-
-    Raises PruneError for an unknown or missing role or a wrong shape. Peak bytes: at most 16 * 256 * in.
-    """
-    gathered = GroupScores(shape)
-    for role, weight in weights.items():
-        gathered.add(role, weight)
-    return gathered.scores()
 
 
 def activation(

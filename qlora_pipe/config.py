@@ -200,7 +200,7 @@ class Guide(Optimisation):
     interval: Positive = Field(10, description="steps between new masks")
     decay: Fraction = Field(0.9, description="of the moving average of scores, at every step")
     eta: Annotated[float, Field(ge=0)] = Field(
-        0.0, description="of the score's term that is quadratic in the gradients; 1 as published"
+        0.0, description="of the score's term that is quadratic in the (clipped) gradients; 1 as published"
     )
     sides: Literal["matched", "published"] = Field(
         "matched",
@@ -299,6 +299,12 @@ class Config(Section):
     def compensates(self) -> bool:
         """Whether the small model has a slot C: it is trained while pruning, or after, or both."""
         return self.align.enabled or self.prune.method == "lora"
+
+    @property
+    def compact_transfers(self) -> bool:
+        """Whether the integer model's adapter is put at the full model's shapes: not if slot C, which belongs to the
+        small model alone, is part of it."""
+        return self.compact.enabled and not (self.compensates and self.compact.warm_start)
 
     @model_validator(mode="after")
     def _small_has_equal_widths(self) -> "Config":

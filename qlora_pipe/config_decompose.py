@@ -87,8 +87,8 @@ class Decompose(Section):
     )
     table: Literal["estimated", "full"] = Field(
         "estimated",
-        description="estimated: one factorisation and one rounding of sampled outputs behind an entry of the error "
-        "table; full: the whole decomposition",
+        description="behind an entry of the error table; estimated: one factorisation and one rounding of sampled "
+        "outputs, scaled to whole decompositions of three ranks; full: the whole decomposition",
     )
     table_outputs: Positive = Field(128, description="outputs of a matrix behind an estimated entry")
     start: Literal["lowrank", "quantize"] = Field(

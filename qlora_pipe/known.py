@@ -158,7 +158,7 @@ class Known:
         if stage == "compact" and config.compact.enabled:
             return {"model": self.integers(), "adapter": self.compact_adapter()}
         if stage == "recover":
-            compact = {"compact_adapter": self.full_compact_adapter()} if config.compact.enabled else {}
+            compact = {"compact_adapter": self.full_compact_adapter()} if config.compact_transfers else {}
             return {"adapter": self.full_adapter()} | compact
         if stage == "export":
             wanted = {
@@ -192,15 +192,19 @@ class Known:
         deployed = (self.full_packed,) if self.config.recover.base == "decomposed" else ()
         small = ("prune", "align") if self.config.compensates else ("prune",)
         trained = compact or (*small, "train")
+        moments = () if self.config.prune.method in ("lora", "magnitude", "random") else ("calibrate",)
+        guided = ("select",) if self.config.prune.method == "lora" else ()
+        teacher = ("source",) if self.config.align.teacher == "original" else ()
+        aligning = ("prune", *teacher) if self.config.align.enabled else ()
         found: dict[str, tuple[str, ...]] = {
             "source": ("source",),
             "calibrate": ("source",),
             "score": ("source", "calibrate"),
             "decompose": ("source", "calibrate"),
             "refine": ("source", "decompose") if self.config.refine.enabled else (),
-            "select": (self.full_packed, "calibrate"),
+            "select": (self.full_packed, *moments),
             "prune": (self.full_packed,),
-            "align": ("select", "prune") if self.config.compensates else (),
+            "align": (*guided, *aligning),
             "train": small,
             "compact": ("source", *small[1:], "train") if compact else (),
             "recover": ("source", *small, "train", *compact, *deployed),
@@ -265,6 +269,8 @@ def check_shapes(architecture: Architecture, config: Config) -> None:
     """Everything that can be refused from shapes alone; raises ConfigError."""
     allowed(architecture, config)
     small = small_architecture(architecture, config.prune)
+    if config.align.enabled and config.align.teacher != "none" and config.align.top > architecture.vocab:
+        raise ConfigError(f"align.top {config.align.top} is more than the {architecture.vocab} tokens of the model")
     if not config.compact.enabled:
         return
     for pruned in (small, *_every_width(architecture, config)):
@@ -273,7 +279,8 @@ def check_shapes(architecture: Architecture, config: Config) -> None:
             if columns % config.compact.group_size:
                 raise ConfigError(
                     f"compact.group_size {config.compact.group_size} does not divide the {columns} inputs of the "
-                    f"pruned {role} projection; choose a divisor, or prune to a multiple of it (prune.align)"
+                    f"pruned {role} projection; choose a divisor, prune to a multiple of it (prune.align, under "
+                    "prune.rounding aligned), or set compact.enabled to false"
                 )
 
 

@@ -71,26 +71,28 @@ def _work(stage: str, known: Known) -> _Work:
     if stage in ("score", "decompose"):
         working = matrix + _covariances(known)
         return _Work(0, working if stage == "score" else max(working, stream))
+    if stage == "select" and config.prune.method == "lora":
+        slot = layouts.tensor_bytes(layouts.adapter(full, config.align.rank))
+        trained = layouts.tensor_bytes(known.decomposed()) + _TRAINED_COPIES * slot
+        return _Work(trained + _batch(known, full, config.align.rank, config.guide) + matrix, stream)
     if stage in ("select", "prune"):
         return _Work(0, max(matrix, stream))
     if stage == "refine" and config.refine.enabled:
         return _Work(_refinement(known), stream)
     compensation = layouts.tensor_bytes(known.compensation()) if config.compensates else 0
     packed = layouts.tensor_bytes(known.pruned())
-    if stage == "select" and config.prune.method == "lora":
-        slot = layouts.tensor_bytes(layouts.adapter(full, config.align.rank))
-        trained = layouts.tensor_bytes(known.decomposed()) + _TRAINED_COPIES * slot
-        return _Work(trained + _batch(known, config.guide) + matrix, stream)
-    if stage == "align" and config.compensates:
+    if stage == "align" and config.align.enabled:
         asking, targets = _teaching(known)
-        training = packed + _TRAINED_COPIES * compensation + _batch(known, config.align)
-        return _Work(max(asking, targets + training), stream)
+        batch = _batch(known, small, config.align.rank, config.align)
+        return _Work(max(asking, targets + packed + _TRAINED_COPIES * compensation + batch), stream)
     if stage == "train":
-        return _Work(packed + compensation + _TRAINED_COPIES * adapter + _batch(known, config.train), stream)
+        batch = _batch(known, small, config.train.rank, config.train)
+        return _Work(packed + compensation + _TRAINED_COPIES * adapter + batch, stream)
     if stage == "compact" and config.compact.enabled:
         steps = sum(spec.nbytes for name, spec in known.integers().items() if name.endswith(".scale"))
         trained = layouts.tensor_bytes(known.compact_adapter()) + steps
-        return _Work(_dense(known, small) + _TRAINED_COPIES * trained + _batch(known, config.compact), stream)
+        batch = _batch(known, small, known.compact_rank(), config.compact)
+        return _Work(_dense(known, small) + _TRAINED_COPIES * trained + batch, stream)
     if stage in ("recover", "evaluate"):
         passing = _passing(full, EVALUATION_TOKENS) + _head(known, EVALUATION_TOKENS)
         return _Work(_rebuilt(_dense(known, full), known) + full_adapter + passing, stream)
@@ -119,8 +121,8 @@ def _calibration(known: Known) -> int:
 
 
 def _teaching(known: Known) -> tuple[int, int]:
-    """While the teacher is asked: embedding and head, one layer, hidden states of all tokens and a pass through the
-    layer; and what stays, 8 bytes for each likely token. Nothing without a teacher."""
+    """While the teacher is asked: embedding and head, one layer and a pass through it; and what stays, 8 bytes for each
+    likely token. Nothing without a teacher."""
     full, settings = known.architecture, known.config.align
     if settings.teacher == "none":
         return 0, 0
@@ -130,7 +132,7 @@ def _teaching(known: Known) -> tuple[int, int]:
     together = min(tokens, max(CALIBRATION_TOKENS, settings.length))
     targets = 8 * settings.top * tokens
     working = max(_passing(full, together), _head(known, together))
-    return _width(known) * (outer + layer + tokens * full.hidden) + working + targets, targets
+    return _width(known) * (outer + layer) + working + targets, targets
 
 
 def _refinement(known: Known) -> int:
@@ -189,11 +191,10 @@ def _tuned(known: Known) -> int:
     return _FLOAT * found
 
 
-def _batch(known: Known, settings: Optimisation) -> int:
-    """Activations and head of one training batch of adapters, every row at its longest."""
-    small = known.small
-    adapted = sum(2 * shape.hidden + shape.ffn + 7 * known.compact_rank() for shape in small.layers)
-    return _pass(known, small, settings, adapted)
+def _batch(known: Known, model: Architecture, rank: int, settings: Optimisation) -> int:
+    """Activations and head of one training batch of adapters of that rank, every row at its longest."""
+    adapted = sum(2 * shape.hidden + shape.ffn + 7 * rank for shape in model.layers)
+    return _pass(known, model, settings, adapted)
 
 
 def _pass(known: Known, model: Architecture, settings: Optimisation, adapted: int) -> int:

@@ -5,13 +5,14 @@ kept.json says which groups stay; scores.json and table.json why; selection.json
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from prune.counting import exact_ratio
 from prune.groups import LayerShape
 from prune.indexmap import IndexMap
 from prune.select import check_scores, keep_best, removal_losses
@@ -97,7 +98,8 @@ def record(
         "index_map": kept.digest(),
         "parameters": {"blocks": full, "kept": small},
         "true_reduction": reduction(full, small),
-        "nominal": _nominal(layers, architecture, settings),
+        "nominal": _nominal(layers, architecture.layers, prunable(architecture, settings)),
+        "uniform": {name: _width(name, even.layers) for name in table},
         "loss": _total(table, layers),
         "loss_uniform": _total(table, even.layers),
         "certificate": None
@@ -165,12 +167,29 @@ def recheck(
     for key, value in found.items():
         if stated[key] != value:
             raise CertificateError(f"{key} does not follow from the table: expected {value}, found {stated[key]}")
+    _recheck_request(body, table, kept, layers)
     proof = body["certificate"]
     if proof is None:
         return
     selection = {name: str(_width(name, layers)) for name in table}
     stated = {key: proof[key] for key in ("cost", "loss", "bound", "gap", "multiplier", "optimal", "method")}
     check(pose(table, proof["to_go"]), Solution(selection=selection, seconds=0.0, **stated))
+
+
+def _recheck_request(body: Mapping[str, Any], table: Table, kept: IndexMap, layers: Sequence[LayerShape]) -> None:
+    """What was asked for is what went at least, and the figures that go with it follow."""
+    full, small = body["parameters"]["blocks"], body["parameters"]["kept"]
+    to_go = math.ceil(exact_ratio(body["ratio"] or 0.0) * full)
+    uniform = math.fsum(_row(rows, body["uniform"][name])["loss"] for name, rows in table.items())
+    free = sorted({_place(name)[0] for name in table})
+    found = {"nominal": _nominal(layers, kept.original, free), "loss_uniform": uniform}
+    for key, value in found.items():
+        if body[key] != value:
+            raise CertificateError(f"{key} does not follow from the table: expected {value}, found {body[key]}")
+    if full - small < to_go:
+        raise CertificateError(f"{full - small} parameters went, ratio {body['ratio']} asks for {to_go}")
+    if body["certificate"] is not None and body["certificate"]["to_go"] != to_go:
+        raise CertificateError(f"to_go is not what ratio asks for: expected {to_go}")
 
 
 def _is_density(method: str, widths: str) -> bool:
@@ -203,7 +222,10 @@ def _taken(table: Table, layers: Sequence[LayerShape]) -> list[tuple[Sequence[Ma
 
 
 def _row(rows: Sequence[Mapping[str, Any]], width: int) -> Mapping[str, Any]:
-    return next(row for row in rows if row["width"] == width)
+    for row in rows:
+        if row["width"] == width:
+            return row
+    raise CertificateError(f"table.json has no row of the width {width} that was taken")
 
 
 def _width(name: str, layers: Sequence[LayerShape]) -> int:
@@ -211,12 +233,11 @@ def _width(name: str, layers: Sequence[LayerShape]) -> int:
     return layers[layer].group_count(kind)
 
 
-def _nominal(layers: Sequence[LayerShape], architecture: Architecture, settings: Prune) -> dict[str, float]:
+def _nominal(layers: Sequence[LayerShape], original: Sequence[LayerShape], free: Iterable[int]) -> dict[str, float]:
     """Share of the groups that has gone from layers that are not protected, by kind."""
-    free = prunable(architecture, settings)
     found = {}
     for kind in KINDS:
-        whole = sum(architecture.layers[layer].group_count(kind) for layer in free)
+        whole = sum(original[layer].group_count(kind) for layer in free)
         left = sum(layers[layer].group_count(kind) for layer in free)
         found[kind] = 1 - left / whole if whole else 0.0
     return found

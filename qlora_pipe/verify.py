@@ -13,7 +13,7 @@ from torch import Tensor
 from prune.exceptions import PruneError
 from prune.groups import ROLES, shape_of
 from prune.indexmap import IndexMap
-from prune.scatter import scatter_adapter
+from prune.scatter import restrict_adapter, scatter_adapter
 from qlora_pipe.allocation import recheck
 from qlora_pipe.architectures import linear_name
 from qlora_pipe.artifacts.manifest import MANIFEST, Manifest, check_files, read_manifest
@@ -268,10 +268,29 @@ def _check_scattered(run: Path) -> None:
                     )
 
 
+def _check_cut(run: Path) -> None:
+    """Slot C that was not trained further is what LoRAPrune's loop left, at the kept indices, to the bit."""
+    settings = read_manifest(run / "align").settings
+    if settings.get("enabled") or not settings.get("guided"):
+        return
+    kept, full, small = (
+        _kept(run / "select"),
+        TensorReader(run / "select", "adapter"),
+        TensorReader(run / "align", "adapter"),
+    )
+    for layer in range(len(kept.layers)):
+        for role in ROLES:
+            name = linear_name(layer, role)
+            expected = restrict_adapter(*_factors(full, name), role, kept.kept_indices(layer, role))
+            if not all(map(torch.equal, expected, _factors(small, name))):
+                raise ArtifactError(f"{run / 'align'}: {name} is not select's adapter at the kept indices; {_AGAIN}")
+
+
 _ACROSS: dict[str, Callable[[Path], None]] = {
     "allocate": _check_certificate,
     "select": _check_selected,
     "prune": _check_sliced,
+    "align": _check_cut,
     "recover": _check_scattered,
 }
 """What a stage's artifact owes to those of other stages; takes the run."""

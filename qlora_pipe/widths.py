@@ -47,8 +47,12 @@ def prunable(architecture: Architecture, settings: Prune) -> range:
 
 
 def offered(shape: LayerShape, kind: str, settings: Prune) -> tuple[int, ...]:
-    """Counts of groups that may stay of a layer: whole KV groups, multiples of `align` FFN channels, or all."""
-    return offered_counts(shape.group_count(kind), 1 if kind == "kv" else settings.align)
+    """Counts of groups that may stay of a layer: whole KV groups, multiples of `align` FFN channels, or all; and what
+    LoRAM would leave, where it is asked."""
+    counts = offered_counts(shape.group_count(kind), 1 if kind == "kv" else settings.align)
+    if settings.rounding != "loram":
+        return counts
+    return tuple(sorted({*counts, _by_loram(shape, settings)[KINDS.index(kind)]}))
 
 
 def group_sizes(architecture: Architecture, layer: int) -> dict[str, int]:

@@ -78,6 +78,7 @@ def error_table(
     transposed: bool = False,
     outputs: int | None = None,
     max_iterations: int = 1,
+    patience: int | None = 2,
     quantize_first: bool = False,
     multiples: Sequence[float] = UNSEARCHED,
 ) -> list[Estimate]:
@@ -91,18 +92,18 @@ def error_table(
     What that does not see, what alternation gains above all, is close to a factor of the rank alone (SmolLM2: 0.6 to 1,
     by rank and matrix). So entries are scaled to a whole decomposition each of rank 0, the smallest and the largest
     rank, with the fewest bits and a middle block size; other ranks get the geometric interpolation of their factors.
-    Two iterations are made of `max_iterations`: their gain tells that of the rest, see `_gained`.
+    Two iterations are made of `max_iterations`: their gain tells that of the rest, see `_gained`. `patience` and
+    `quantize_first` are those of the loop.
 
-    Peak: that of `decompose`, beside one set of factors and with `passing` two fp32 copies of a root. Raises as
-    `decompose`.
+    Peak: that of `decompose` beside one set of factors; before that, with `passing`, 12 bytes an entry of a root.
+    Raises as `decompose`.
     """
     largest = max((choice.rank for choice in choices), default=0)
     factors = metric.fit(weight, largest, generator)
     strip = math.lcm(*(choice.block_size for choice in choices)) if transposed and choices else 1
     sample = sample_outputs(weight, metric, strip, outputs or weight.shape[0], generator)
-    first_look = _FirstLook(weight, factors, sample, strip, metric, passing, transposed, multiples)
     by_block = sorted(set(choices), key=lambda choice: (choice.block_size, choice.name))
-    found = {choice: first_look.estimate(choice) for choice in by_block}
+    found = _FirstLook(weight, factors, sample, strip, metric, passing, transposed, multiples).estimates(by_block)
     scaled: dict[int, float] = {}
     for rank in _anchored({choice.rank for choice in choices}, passing, max_iterations, quantize_first):
         anchor = _anchor([choice for choice in by_block if choice.rank == rank])
@@ -114,11 +115,12 @@ def error_table(
             passing=None if passing is None else passing[None if transposed else anchor.block_size],
             transposed=transposed,
             max_iterations=max_iterations if quantize_first else min(2, max_iterations),
+            patience=patience,
             quantize_first=quantize_first,
             first=None if quantize_first else (factors[0][:, :rank], factors[1][:rank]),
             multiples=multiples,
         )
-        expected = made.loss if quantize_first else _gained(made.losses, max_iterations)
+        expected = made.loss if quantize_first else _gained(made.losses, made.loss, max_iterations)
         scaled[rank] = expected / found[anchor].loss if found[anchor].loss > 0 else 1.0
     return [found[choice].times(_between(scaled, choice.rank)) for choice in choices]
 
@@ -138,11 +140,11 @@ def _anchor(choices: Sequence[Choice]) -> Choice:
     return alike[len(alike) // 2]
 
 
-def _gained(losses: Sequence[float], max_iterations: int) -> float:
-    """Loss after `max_iterations` from that of the first one or two: the logarithm of what an iteration gains shrinks
-    geometrically."""
+def _gained(losses: Sequence[float], returned: float, max_iterations: int) -> float:
+    """Loss after `max_iterations` from that of the first one or two, of which `returned` was taken: the logarithm of
+    what an iteration gains shrinks geometrically."""
     if len(losses) < 2 or losses[1] >= losses[0]:
-        return losses[0]
+        return returned
     iterations = (1 - _SHRINKS ** (max_iterations - 1)) / (1 - _SHRINKS)
     return losses[0] * math.pow(losses[1] / losses[0], iterations)
 
@@ -177,20 +179,24 @@ class _FirstLook:
         self.metric = Metric(self.rows.sqrt(), metric.inputs, metric.covariance)
         self.passing, self.transposed, self.multiples = passing, transposed, multiples
         self._remainders: dict[tuple[int, str], Tensor] = {}
-        self._chain: tuple[int | None, Chain] | None = None
+        self._passing_on: tuple[int | None, Chain, Tensor] | None = None
 
-    def estimate(self, choice: Choice) -> Estimate:
+    def estimates(self, choices: Sequence[Choice]) -> dict[Choice, Estimate]:
+        return {choice: self._estimate(choice) for choice in choices}
+
+    def _estimate(self, choice: Choice) -> Estimate:
         remainder = self._remainder(choice)
         error = remainder - _nearest(remainder, choice, self.transposed, self.multiples)
         if self.passing is None:
             by_output = self.metric.by_output(error)
         else:
             block = None if self.transposed else choice.block_size
-            if self._chain is None or self._chain[0] != block:
-                self._chain = block, self.passing[block].chain()
+            if self._passing_on is None or self._passing_on[0] != block:
+                self._passing_on = block, self.passing[block].chain(), self.passing[block].column_cost()
+            _, chain, cost = self._passing_on
             squares = error.square()
-            growth = self._chain[1].growth(self.rows @ remainder.square(), self.rows @ squares)
-            by_output = self.rows.double() * (squares.double() @ (growth * self.passing[block].column_cost).double())
+            growth = chain.growth(self.rows @ remainder.square(), self.rows @ squares)
+            by_output = self.rows.double() * (squares.double() @ (growth * cost).double())
         return _estimate(by_output.view(-1, self.strip).sum(dim=1), self.sample.weight.view(-1, self.strip)[:, 0])
 
     def _remainder(self, choice: Choice) -> Tensor:

@@ -46,18 +46,18 @@ class Feedback:
     block: int | None
     damping: float
 
-    @property
     def column_cost(self) -> Tensor:
         """fp32 [n]: what a squared rounding error of each column (in the matrix's own order) costs once all later
         columns have made up for it.
 
         Rounding errors e leave W - Q = (e / diag(root)) root. Row j of root costs 1 under the damped covariance, thus 1
         - damping |root_j|^2 under the covariance itself, so a column costs that over root_jj^2. The sum over columns is
-        the loss exactly if nothing is damped, and its mean over independent errors else.
+        the loss exactly if nothing is damped, and its mean over independent errors else. Peak: 8 bytes an entry of
+        `root`.
         """
         cost = torch.empty_like(self.root[0])
-        rows = self.root.double().square()
-        cost[self.order] = ((1 - self.damping * rows.sum(dim=1)).clamp(min=0) / rows.diagonal()).float()
+        squares = self.root.double().square_()
+        cost[self.order] = ((1 - self.damping * squares.sum(dim=1)).clamp(min=0) / squares.diagonal()).float()
         return cost
 
     def chain(self) -> "Chain":

@@ -3,21 +3,27 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from qlora_pipe.artifacts.scratch import Scratch
 from qlora_pipe.events import Reporter
 from qlora_pipe.hf.calibration import Arguments, batches_of
 from qlora_pipe.hf.layers import LayerStream
 from qlora_pipe.hf.loss import cap_of, logits_of, predicting_states
-from qlora_pipe.hf.tokens import Row
+from qlora_pipe.hf.tokens import IGNORED, Row
 from qlora_pipe.memory import HEAD_ROWS
 
 # A model's probability of all other tokens is at least this: its logarithm stays finite.
 _LEAST = 1e-6
+
+
+Tokens = tuple[tuple[int, ...], tuple[int, ...]]
+"""A row: its token ids, and its labels."""
 
 
 @dataclass(frozen=True)
@@ -25,45 +31,53 @@ class Targets:
     """What a teacher expects at the scored positions of some rows.
 
     tokens: int32 [positions, top], the most likely next ones; log_probs: fp32, theirs. places: where the positions of a
-    row are, by its tokens.
+    row are.
     """
 
     tokens: Tensor
     log_probs: Tensor
-    places: dict[tuple[int, ...], slice]
+    places: dict[Tokens, slice]
 
     def of(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Tokens and log_probs of a padded batch of these rows, in any order, one row after the other."""
-        lengths = batch["attention_mask"].sum(dim=1).tolist()
-        ids = [tuple(row[:length]) for row, length in zip(batch["input_ids"].tolist(), lengths, strict=True)]
-        device = batch["input_ids"].device
-        tokens, log_probs = (torch.cat([of[self.places[row]] for row in ids]) for of in (self.tokens, self.log_probs))
+        places, device = [self.places[row] for row in _rows_of(batch)], batch["input_ids"].device
+        tokens, log_probs = (torch.cat([part[place] for place in places]) for part in (self.tokens, self.log_probs))
         return tokens.long().to(device), log_probs.to(device)
 
 
+def _rows_of(batch: dict[str, Tensor]) -> list[Tokens]:
+    lengths = batch["attention_mask"].sum(dim=1).tolist()
+    ids, labels = batch["input_ids"].tolist(), batch["labels"].tolist()
+    return [(tuple(a[:n]), tuple(b[:n])) for a, b, n in zip(ids, labels, lengths, strict=True)]
+
+
 @torch.no_grad()
-def teacher_targets(stream: LayerStream, rows: Sequence[Row], top: int, reporter: Reporter) -> Targets:
+def teacher_targets(stream: LayerStream, rows: Sequence[Row], top: int, folder: Path, reporter: Reporter) -> Targets:
     """The `top` most likely next tokens at every scored position of `rows`, of the model behind `stream`.
 
-    Peak bytes: the stream's, the hidden states of all tokens, and 8 `top` for each of them.
+    Hidden states between layers wait in a file in `folder`. Peak bytes: the stream's, the activations of one batch in
+    one layer, and 8 `top` for each token.
     """
     batches = batches_of(rows, stream.device)
     arguments = Arguments(stream, batches)
-    hidden = [stream.start(batch.inputs).hidden for batch in batches]
-    with reporter.progress("asking the full model", len(stream)) as advance:
+    places: dict[Tokens, slice] = {}
+    found, end = [], 0
+    with Scratch(folder) as boundary, reporter.progress("asking the full model", len(stream)) as advance:
+        for number, batch in enumerate(batches):
+            boundary.write(number, stream.start(batch.inputs).hidden)
         for index in range(len(stream)):
             with stream.layer(index) as layer:
-                for number, states in enumerate(hidden):
-                    hidden[number] = layer(states, **arguments.of(number, index))
+                for number in range(len(batches)):
+                    states = boundary.read(number, stream.device)
+                    boundary.write(number, layer(states, **arguments.of(number, index)))
             advance()
-    places: dict[tuple[int, ...], slice] = {}
-    found, end = [], 0
-    for batch, states in zip(batches, hidden, strict=True):
-        found.append(stream.finish(partial(_most_likely, top), states, batch.inputs))
-        scored = (batch.inputs["labels"][:, 1:] >= 0).sum(dim=1).tolist()
-        for ids, count in zip(batch.inputs["input_ids"].tolist(), scored, strict=True):
-            places[tuple(ids)] = slice(end, end + count)
-            end += count
+        for number, batch in enumerate(batches):
+            states = boundary.read(number, stream.device)
+            found.append(stream.finish(partial(_most_likely, top), states, batch.inputs))
+            for row in _rows_of(batch.inputs):
+                count = sum(label != IGNORED for label in row[1][1:])
+                places[row] = slice(end, end + count)
+                end += count
     return Targets(torch.cat([tokens for tokens, _ in found]), torch.cat([probs for _, probs in found]), places)
 
 
@@ -71,7 +85,7 @@ def summed_distillation(targets: Targets, model: PreTrainedModel, batch: dict[st
     """Summed Kullback-Leibler divergence of the model's next-token predictions from the teacher's, over scored
     positions, a scalar: of the teacher's most likely tokens one by one, and of all others taken together.
 
-    Never above the divergence over the whole vocabulary. Peak bytes: as `summed_loss`.
+    Not above the divergence over the whole vocabulary, but for rounding. Peak bytes: as `summed_loss`.
     """
     tokens, wanted = targets.of(batch)
     states, head, cap = predicting_states(model, batch), model.get_output_embeddings(), cap_of(model)

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from prune.average import MovingAverage
 from prune.groups import ROLES, LayerShape, group_width
-from prune.indexmap import IndexMap
 from prune.lora_guided import Adapter, guided, side_matched
 from prune.members import MemberScores
 from prune.schedule import mask_updates
@@ -18,8 +17,11 @@ from qlora_pipe.config import Guide
 from qlora_pipe.errors import StageError
 from quant.linear import PackedLinear
 
-Scores = list[dict[str, Tensor]]
-"""Scores of every layer's groups by kind."""
+Scores = dict[int, dict[str, Tensor]]
+"""Layer to the scores of its groups by kind."""
+
+# Of a group that is not masked, so that it is never taken for one.
+_LEAST = torch.finfo(torch.float64).tiny
 
 _MASKED = {"kv": "v", "ffn": "up"}
 """The linear map whose outputs a mask covers. A head without values and a channel without up add exactly nothing, so
@@ -30,8 +32,9 @@ class Ramp:
     """Masks over the groups of a packed model, and the scores that set them.
 
     `modules`: name to packed map with its adapter attached. `counts`: KV groups and FFN channels of every layer that
-    stay in the end. Give it to `training.train` as `watch`. A group that is masked stays so: it counts as scored 0.
-    Peak bytes beside the training: one dense matrix and the chunks of its score, at every step.
+    stay in the end; layers that stay whole are not scored. Give it to `training.train` as `watch`. A group that is
+    masked stays so: it is scored 0, and every other more. Peak bytes beside the training: one dense matrix and the
+    chunks of its score, at every step up to the last masks.
     """
 
     def __init__(
@@ -41,32 +44,36 @@ class Ramp:
         settings: Guide,
         counts: Sequence[tuple[int, int]],
     ) -> None:
-        self._modules, self._shapes, self._settings, self._counts = modules, tuple(shapes), settings, tuple(counts)
-        # Shares of what is to go in the end; the schedule itself takes no target of 1.
-        self._due = {
-            step: 2 * half
-            for step, half in mask_updates(
-                settings.steps, 0.5, warmup=settings.start, cooldown=settings.cooldown, interval=settings.interval
-            )
+        self._modules, self._settings = modules, settings
+        self._shapes = {
+            layer: shape
+            for layer, (shape, count) in enumerate(zip(shapes, counts, strict=True))
+            if count != (shape.kv_heads, shape.ffn)
         }
-        self._average = MovingAverage(shapes, settings.decay)
-        self.masks: Scores = [
-            {kind: torch.ones(shape.group_count(kind), dtype=torch.float64) for kind in _MASKED} for shape in shapes
-        ]
-        self.scores: Scores = []
-        for layer, shape in enumerate(shapes):
+        self._counts = [counts[layer] for layer in self._shapes]
+        # Shares of what is to go in the end; the schedule itself takes no target of 1.
+        halves = mask_updates(
+            settings.steps, 0.5, warmup=settings.start, cooldown=settings.cooldown, interval=settings.interval
+        )
+        self._due = {step: 2 * half for step, half in halves}
+        self._average = MovingAverage(self._free, settings.decay)
+        self.masks = {
+            layer: {kind: torch.ones(shape.group_count(kind), dtype=torch.float64) for kind in _MASKED}
+            for layer, shape in self._shapes.items()
+        }
+        self.scores: Scores = {}
+        for layer, shape in self._shapes.items():
             for kind, role in _MASKED.items():
                 self._map(layer, role).register_forward_hook(self._masking(layer, kind, group_width(role, shape)))
 
     @property
-    def kept(self) -> IndexMap:
-        """The groups that are left; `scores` is what they were chosen by."""
-        return keep_best(self.masks, self._shapes, [(int(m["kv"].sum()), int(m["ffn"].sum())) for m in self.masks])
+    def _free(self) -> list[LayerShape]:
+        return list(self._shapes.values())
 
     def match_sides(self, generator: torch.Generator) -> None:
         """Start the adapters of o and down with B random and A zero, in place of A random and B zero: seen through B,
         gradients tell the columns apart, which are what goes of these maps."""
-        for layer, shape in enumerate(self._shapes):
+        for layer, shape in self._shapes.items():
             for role in ("o", "down"):
                 module = self._map(layer, role)
                 assert module.task_a is not None
@@ -80,7 +87,9 @@ class Ramp:
 
     def before_step(self, step: int) -> None:
         """Take in the gradients of optimiser step `step`, counted from 0, and renew the masks if it is time."""
-        self._average.update([self._layer_scores(layer) for layer in range(len(self._shapes))])
+        if step > max(self._due):
+            return
+        self._average.update([self._layer_scores(layer) for layer in self._shapes])
         if step in self._due:
             self._renew(self._due[step])
 
@@ -91,11 +100,12 @@ class Ramp:
 
     def state(self) -> dict[str, Tensor]:
         """All it needs to go on."""
-        parts = {"mask": self.masks, "average": self._average.scores(), "score": self.scores}
+        average = dict(zip(self._shapes, self._average.scores(), strict=True))
+        parts = {"mask": self.masks, "average": average, "score": self.scores}
         return {
             f"{name}.{layer}.{kind}": values
             for name, layers in parts.items()
-            for layer, found in enumerate(layers)
+            for layer, found in layers.items()
             for kind, values in found.items()
         }
 
@@ -103,13 +113,13 @@ class Ramp:
         """Go on from a `state`."""
 
         def part(name: str) -> Scores:
-            return [
-                {kind: state[f"{name}.{layer}.{kind}"] for kind in _MASKED}
-                for layer in range(len(self._shapes))
+            return {
+                layer: {kind: state[f"{name}.{layer}.{kind}"] for kind in _MASKED}
+                for layer in self._shapes
                 if f"{name}.{layer}.kv" in state
-            ]
+            }
 
-        self._average = MovingAverage(self._shapes, self._settings.decay, part("average"))
+        self._average = MovingAverage(self._free, self._settings.decay, list(part("average").values()))
         self.masks, self.scores = part("mask"), part("score")
 
     def _renew(self, share: float) -> None:
@@ -117,16 +127,17 @@ class Ramp:
         average = self._average.scores()
         if not any(bool(values.any()) for layer in average for values in layer.values()):
             raise StageError("no step so far had finite gradients to rank groups by; lower guide.learning_rate")
-        self.scores = [
-            {kind: average[layer][kind] * mask[kind] for kind in mask} for layer, mask in enumerate(self.masks)
-        ]
+        self.scores = {
+            layer: {kind: values.clamp(min=_LEAST) * self.masks[layer][kind] for kind, values in found.items()}
+            for layer, found in zip(self._shapes, average, strict=True)
+        }
         now = [
             (_left(shape.kv_heads, kv_heads, share), _left(shape.ffn, ffn, share))
-            for shape, (kv_heads, ffn) in zip(self._shapes, self._counts, strict=True)
+            for shape, (kv_heads, ffn) in zip(self._free, self._counts, strict=True)
         ]
-        kept = keep_best(self.scores, self._shapes, now)
-        for layer, mask in enumerate(self.masks):
-            for kind, indices in (("kv", kept.layers[layer].kv_heads), ("ffn", kept.layers[layer].ffn)):
+        kept = keep_best(list(self.scores.values()), self._free, now)
+        for mask, layer in zip(self.masks.values(), kept.layers, strict=True):
+            for kind, indices in (("kv", layer.kv_heads), ("ffn", layer.ffn)):
                 mask[kind] = torch.zeros_like(mask[kind]).index_fill_(0, torch.tensor(indices), 1)
 
     def _layer_scores(self, layer: int) -> dict[str, Tensor]:

@@ -188,7 +188,7 @@ def read_facts(run: Path) -> Facts:
         raise ArtifactError(f"{run}: expected a run folder, found none; run the chain first")
     manifests = {name: read_manifest(run / name) for name in CHAIN if (run / name).exists()}
     text = _text(run / "config.yaml")
-    histories = {name: read_json(run / name / "history.json") for name in ("align", "train", "compact")}
+    histories = {name: read_json(run / name / "history.json") for name in ("select", "align", "train", "compact")}
     skipped = {name: read_json(run / name / "skipped.json") for name in manifests}
     kept = read_json(run / "select" / "kept.json")
     return Facts(

@@ -32,13 +32,13 @@ def run(context: Context) -> None:
         else:
             context.write_json("skipped.json", {"reason": "align.enabled is false"})
         return
+    chosen = training_rows(context, dataset, config.align)
     loss: SummedLoss = summed_loss
     if config.align.teacher == "original":
-        chosen = training_rows(context, dataset, config.align)
-        targets = teacher_targets(base_layers(context), chosen, config.align.top, context.reporter)
-        loss = partial(summed_distillation, targets)
+        asked = teacher_targets(base_layers(context), chosen, config.align.top, context.work, context.reporter)
+        loss = partial(summed_distillation, asked)
     start = _sliced(context) if guided else None
-    fit_adapter(context, pruned_model(context, dense=False), dataset, config.align, loss, start)
+    fit_adapter(context, pruned_model(context, dense=False), chosen, config.align, loss, start)
 
 
 def _sliced(context: Context) -> Callable[[str], tuple[Tensor, Tensor]]:

@@ -16,6 +16,7 @@ from qlora_pipe.stages.compact import compact_settings, compact_strength
 from qlora_pipe.stages.models import (
     aligned_model,
     base_model,
+    compensation,
     decomposed_model,
     integer_model,
     sliced_base_model,
@@ -31,7 +32,7 @@ def run(context: Context) -> None:
     """Scatter, then measure. Peak bytes: one full dense model with the adapter."""
     config, known = context.config, context.known
     _scatter(context, "train", "adapter", known.full_adapter())
-    if config.compact.enabled:
+    if config.compact_transfers:
         _scatter(context, "compact", "compact_adapter", known.full_compact_adapter())
     chosen = heldout_rows(context, config.recover.rows)
     by_scale = _loss_by_scale(context, chosen)
@@ -96,11 +97,16 @@ def _small_losses(context: Context, chosen: list[Row]) -> tuple[float, float]:
 
 
 def _unquantise_gap(context: Context, chosen: list[Row]) -> dict[str, float | None]:
-    """L4Q trained quant(W + BA): what is lost when BA is taken without the grid it was trained on."""
-    settings = context.config.compact
+    """L4Q trained quant(W + BA): what is lost when BA is taken without the grid it was trained on, beside what BA
+    gained; a slot C that it started from is no gain of its own."""
+    config = context.config
+    settings = config.compact
     wrap = with_adapter(context.reader("compact", "adapter").read, compact_strength(context), context.dtype)
 
     def nearest(name: str, weight: Tensor, bias: Tensor | None) -> nn.Module:
+        if config.compensates and settings.warm_start:
+            lora_a, lora_b = compensation(context, name)
+            weight = (weight.float() + lora_b @ lora_a).to(weight.dtype)
         step = init_step(weight, settings.bits, settings.group_size, method=settings.init)
         codes, _ = quantize(weight.float(), step, None, settings.bits)
         return dense_linear(dequantize(codes, step, None).to(weight.dtype), bias)

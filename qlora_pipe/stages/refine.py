@@ -16,7 +16,7 @@ from qlora_pipe.hf.tokens import load_tokenizer, rows
 from qlora_pipe.stages.base import Context, Stage, computing
 from qlora_pipe.stages.models import base_layers, base_model, tunable_layers, tunable_model
 from qlora_pipe.stages.packing import read_buffers, write_packed_model
-from qlora_pipe.stages.train import fit
+from qlora_pipe.stages.train import fit, training_rows
 from quant.tunable import TunableLinear
 
 Read = Callable[[str], Tensor]
@@ -76,7 +76,8 @@ def _by_blocks(context: Context) -> tuple[list[dict[str, float]], Read]:
 def _end_to_end(context: Context, read: Read) -> tuple[list[dict[str, float]], Read]:
     settings, found = context.config.refine, dict[str, Tensor]()
     model, teacher = tunable_model(context, read), base_model(context)
-    log = fit(context, model, context.config.data.calibration, settings, loss=partial(summed_divergence, teacher))
+    chosen = training_rows(context, context.config.data.calibration, settings)
+    log = fit(context, model, chosen, settings, loss=partial(summed_divergence, teacher))
     for _, _, name in context.known.architecture.linears():
         found.update(_tuned(model, name, name))
     return log, found.__getitem__

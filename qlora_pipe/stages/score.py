@@ -99,6 +99,7 @@ def _estimates(context: Context, moments: Moments, matrix: Matrix, choices: list
         transposed=transposed,
         outputs=settings.table_outputs,
         max_iterations=settings.iterations,
+        patience=settings.patience,
         quantize_first=settings.start == "quantize",
         multiples=settings.multiples,
     )

@@ -21,7 +21,7 @@ from qlora_pipe.hf.ramp import Ramp
 from qlora_pipe.selection import decide, record, scores_to_json, tabulate
 from qlora_pipe.stages.base import Context, Stage, computing
 from qlora_pipe.stages.models import full_packed_model, packed_map, packed_modules
-from qlora_pipe.stages.train import fit, write_adapter
+from qlora_pipe.stages.train import fit, training_rows, write_adapter
 from qlora_pipe.widths import prunable
 
 Weight = Callable[[str], Tensor]
@@ -85,11 +85,11 @@ def _guided(context: Context) -> list[dict[str, Tensor]]:
     ramp = Ramp(modules, known.architecture.layers, config.guide, counts)
     if config.guide.sides == "matched":
         ramp.match_sides(generator)
-    log = fit(context, model, config.data.calibration, config.guide, watch=ramp)
+    chosen = training_rows(context, config.data.calibration, config.guide)
+    log = fit(context, model, chosen, config.guide, watch=ramp)
     write_adapter(context, modules, known.architecture, config.align.rank)
     context.write_json("history.json", log)
-    free = prunable(known.architecture, config.prune)
-    return [scores if layer in free else {} for layer, scores in enumerate(ramp.scores)]
+    return [ramp.scores.get(layer, {}) for layer in range(len(known.architecture.layers))]
 
 
 def _magnitude(weight: Weight, shape: LayerShape) -> dict[str, Tensor]:
@@ -127,7 +127,9 @@ def _told(body: Mapping[str, Any]) -> str:
 
 
 def _settings(config: Config) -> dict[str, Any]:
-    found = {"seed": config.seed} | config.prune.model_dump(mode="json")
+    # A preset is what it stands for, and the solver's time is not spent on uniform widths.
+    left_out = {"preset"} if config.prune.widths == "allocated" else {"preset", "time_limit"}
+    found = {"seed": config.seed} | config.prune.model_dump(mode="json", exclude=left_out)
     if config.prune.method == "lora":
         slot = {"rank": config.align.rank, "alpha": config.align.alpha}
         found |= computing(config) | {"guide": config.guide.model_dump(mode="json", exclude={"save_steps"}) | slot}

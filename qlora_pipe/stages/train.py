@@ -1,6 +1,6 @@
 """train: slot T, additive LoRA on the sliced Q + L1 L2 and slot C, on the packed base."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -19,18 +19,24 @@ from quant.linear import PackedLinear
 
 def run(context: Context) -> None:
     """Peak bytes: the packed small model, the adapter with its optimiser state, activations of one batch."""
-    fit_adapter(context, aligned_model(context, dense=False), context.config.data.task, context.config.train)
+    settings = context.config.train
+    fit_adapter(
+        context,
+        aligned_model(context, dense=False),
+        training_rows(context, context.config.data.task, settings),
+        settings,
+    )
 
 
 def fit_adapter(
     context: Context,
     model: Model,
-    dataset: Dataset,
+    chosen: Sequence[Row],
     settings: Adapter,
     loss: SummedLoss = summed_loss,
     start: Callable[[str], tuple[Tensor, Tensor]] | None = None,
 ) -> None:
-    """Train an adapter of every packed map of the small model on a data set; write its factors, and the log of the
+    """Train an adapter of every packed map of the small model on these rows; write its factors, and the log of the
     steps. `start` gives the factors A and B of the map of that name; without it A is random and B zero."""
     generator = torch.Generator().manual_seed(context.config.seed)
     modules = packed_modules(model)
@@ -39,7 +45,7 @@ def fit_adapter(
         if start is not None:
             lora_a, lora_b = start(name)
             module.load_state_dict({"task_a": lora_a, "task_b": lora_b}, strict=False)
-    log = fit(context, model, dataset, settings, loss=loss)
+    log = fit(context, model, chosen, settings, loss=loss)
     write_adapter(context, modules, context.known.small, settings.rank)
     context.write_json("history.json", log)
 
@@ -57,16 +63,16 @@ def write_adapter(context: Context, modules: Mapping[str, PackedLinear], archite
 def fit(
     context: Context,
     model: Model,
-    dataset: Dataset,
+    chosen: Sequence[Row],
     settings: Optimisation,
     step_rate: float | None = None,
     loss: SummedLoss = summed_loss,
     watch: Watch | None = None,
 ) -> list[dict[str, float]]:
-    """Train what requires a gradient on `training_rows`; the log of the steps."""
+    """Train what requires a gradient on these rows; the log of the steps."""
     return train(
         model,
-        training_rows(context, dataset, settings),
+        chosen,
         settings,
         work=context.work,
         seed=context.config.seed,

@@ -39,7 +39,7 @@ def test_two_processes_make_the_bytes_of_one(config: Path) -> None:
     assert done.returncode == 0, done.stderr
     for stage in ("calibrate", "score", "allocate", "decompose"):
         assert read_manifest(together / stage).files == read_manifest(alone / stage).files
-    verify_path(together)
+    list(verify_path(together))
     # One rank speaks, so every stage is told of once.
     made = [json.loads(line) for line in done.stderr.splitlines() if line.startswith('{"time"')]
     assert [event["stage"] for event in made if event["event"] == "made"].count("score") == 1

@@ -4,7 +4,7 @@ from torch import Tensor
 
 from prune.exceptions import PruneError
 from prune.groups import ROLES, LayerShape, shape_of
-from prune.saliency import GroupScores, activation, magnitude, random, wanda
+from prune.saliency import GroupScores, activation, random, wanda
 
 # One in each attention family; 300 channels cross the row block of the reduction.
 SHAPES = {
@@ -20,6 +20,13 @@ def layer_weights(shape: LayerShape, seed: int = 0) -> dict[str, Tensor]:
         role: torch.randn(shape_of(role, shape), generator=generator) * (1 + 10 * place)
         for place, role in enumerate(ROLES)
     }
+
+
+def magnitude(weights: dict[str, Tensor], shape: LayerShape) -> dict[str, Tensor]:
+    gathered = GroupScores(shape)
+    for role, weight in weights.items():
+        gathered.add(role, weight)
+    return gathered.scores()
 
 
 def slow_magnitude(weights: dict[str, Tensor], shape: LayerShape) -> dict[str, list[float]]:

@@ -138,6 +138,18 @@ def test_calibration_plans_for_the_gates_of_every_sequence(folder: Path) -> None
     assert many - few == 8 * (64 - 4) * 4 * (64 + 192)
 
 
+def test_loraprune_is_planned_for_the_full_model(folder: Path) -> None:
+    """While groups are masked nothing is small yet; alignment is planned where it is done."""
+    lora, large = ("prune.method=lora", "export.small=false"), ("guide.batch_size=64", "guide.length=2048")
+    assert peaks(folder, "select", *lora, *large)[0] > 3 * peaks(folder, "select", "prune.method=magnitude")[0]
+    half, none = (peaks(folder, "select", *lora, *large, f"prune.ffn_ratio={ratio}")[0] for ratio in (0.5, 0.0))
+    assert half == none
+    many = ("align.steps=100000", "align.length=2048")
+    assert peaks(folder, "align", *lora, *many) == peaks(folder, "align", *lora)
+    aligned = (*lora, "align.enabled=true")
+    assert peaks(folder, "align", *aligned, *many)[0] > 2 * peaks(folder, "align", *aligned)[0]
+
+
 def limited(folder: Path, *overrides: str) -> tuple[Config, Plan]:
     config = configure(folder, *overrides)
     return config, make_plan(config)

@@ -161,8 +161,15 @@ def test_what_does_not_follow_is_found() -> None:
     for key, value in (("loss", proof["loss"] / 2), ("cost", proof["cost"] + 1), ("bound", proof["bound"] * 2)):
         with pytest.raises(SolverError):
             recheck(scores, table, edited(body, key, value), kept)
-    with pytest.raises(CertificateError, match="over the budget"):
-        recheck(scores, table, edited(body, "to_go", proof["to_go"] + proof["cost"]), kept)
+    for wrong, message in (
+        (edited(body, "to_go", proof["to_go"] + 1), "to_go is not what ratio asks for"),
+        (body | {"ratio": 0.9}, "parameters went, ratio 0.9 asks for"),
+        (body | {"loss_uniform": 1e9}, "loss_uniform does not follow"),
+        (body | {"nominal": {"kv": 0.9, "ffn": 0.9}}, "nominal does not follow"),
+        (body | {"uniform": dict.fromkeys(table, 7)}, "no row of the width 7"),
+    ):
+        with pytest.raises(CertificateError, match=message):
+            recheck(scores, table, wrong, kept)
     with pytest.raises(CertificateError, match="loss does not follow"):
         recheck(scores, table, body | {"loss": body["loss"] + 1}, kept)
     worse = [{kind: values[::-1] for kind, values in layer.items()} for layer in scores]

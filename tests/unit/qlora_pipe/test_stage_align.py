@@ -12,6 +12,7 @@ from qlora_pipe.artifacts.store import Artifact
 from qlora_pipe.artifacts.tensors import TensorReader
 from qlora_pipe.compile import compile_model
 from qlora_pipe.config_file import load
+from qlora_pipe.errors import ConfigError
 from qlora_pipe.events import Reporter
 from qlora_pipe.hf.loss import score, summed_divergence
 from qlora_pipe.hf.model import AdaptedLinear
@@ -92,8 +93,10 @@ def test_the_full_model_gets_slot_t_alone(config: Path, artifacts: dict[str, Art
     by_model = {row["model"]: row for row in metrics if row["dataset"] == "task"}
     assert by_model["aligned"]["bytes"] > by_model["pruned"]["bytes"]
     assert by_model["trained-small"]["bits_per_weight"] > by_model["aligned"]["bits_per_weight"]
-    for stage in ("align", "train"):
-        verify_path(artifacts[stage].folder)
+    # L4Q's factors started from slot C, which is not the full model's.
+    assert not list(artifacts["recover"].folder.glob("compact_adapter*"))
+    for stage in ("align", "train", "recover"):
+        assert len(list(verify_path(artifacts[stage].folder))) == 1
 
 
 def test_the_small_export_has_both_slots(config: Path, artifacts: dict[str, Artifact], tmp_path: Path) -> None:
@@ -114,3 +117,9 @@ def test_it_is_left_out_unless_it_is_asked_for(config: Path) -> None:
     seen = context_of(load(config, (f"run={run}",)), made)
     ids = torch.arange(2, 34).view(2, 16)
     assert torch.equal(aligned_model(seen)(input_ids=ids).logits, pruned_model(seen)(input_ids=ids).logits)
+
+
+def test_more_tokens_than_there_are_cannot_be_learnt(config: Path) -> None:
+    settings = load(config, ("align.enabled=true", "align.top=261"))
+    with pytest.raises(ConfigError, match=r"align\.top 261 is more than the 260 tokens"):
+        compile_model(settings, Reporter(json_lines=True), until="source")

@@ -77,7 +77,7 @@ def test_pruning_slices_the_tuned_maps(config: Path, artifacts: dict[str, Artifa
     tuned, pruned = (TensorReader(artifacts[stage].folder) for stage in ("refine", "prune"))
     name = "model.layers.0.self_attn.q_proj.levels"
     assert torch.equal(tuned.read(name), pruned.read(name))
-    verify_path(artifacts["refine"].folder)
+    list(verify_path(artifacts["refine"].folder))
 
 
 def test_refining_is_left_out_unless_it_is_asked_for(config: Path) -> None:

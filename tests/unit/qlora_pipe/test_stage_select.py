@@ -57,6 +57,19 @@ def kept_of(folder: Path) -> IndexMap:
     return IndexMap.from_json(body_of(folder, "kept.json"))
 
 
+def test_lorams_own_counts_go_through(folder: Path) -> None:
+    """Widths that are no multiple of `align`, layers protected; and the preset is what it stands for."""
+    counts = ("prune.kv_ratio=0.3", "prune.ffn_ratio=0.3", "export.small=false", "compact.enabled=false")
+    same = ("prune.rounding=loram", "prune.protect_first=1", "prune.protect_last=1")
+    body = pruned(folder, *counts, "prune.preset=loram", *same)
+    shapes = [kept_of(folder).kept_shape(layer) for layer in range(3)]
+    assert [(shape.kv_heads, shape.ffn) for shape in shapes] == [(2, 192), (2, 134), (2, 192)]
+    assert body["uniform"] == {"layers.1.kv": 2, "layers.1.ffn": 134}
+    identity = read_manifest(folder / "run/select").identity
+    pruned(folder, *counts, *same)
+    assert read_manifest(folder / "run/select").identity == identity
+
+
 def hashes(folder: Path) -> dict[str, str]:
     files = {stage: read_manifest(folder / "run" / stage).files for stage in ("select", "prune")}
     return {f"{stage}/{name}": entry.sha256 for stage, found in files.items() for name, entry in found.items()}

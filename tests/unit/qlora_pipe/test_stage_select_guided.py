@@ -14,17 +14,20 @@ from prune.groups import group_width
 from prune.indexmap import IndexMap
 from prune.scatter import restrict_adapter
 from qlora_pipe.architectures import linear_name
+from qlora_pipe.artifacts.manifest import file_digest
 from qlora_pipe.artifacts.store import Artifact
 from qlora_pipe.artifacts.tensors import TensorReader
 from qlora_pipe.compile import compile_model
 from qlora_pipe.config_file import load
-from qlora_pipe.errors import ConfigError
+from qlora_pipe.errors import ArtifactError, ConfigError
 from qlora_pipe.events import Reporter
 from qlora_pipe.hf.ramp import Ramp
+from qlora_pipe.known import CHAIN
 from qlora_pipe.stages.models import full_packed_model, packed_modules, pruned_model
 from qlora_pipe.stages.packing import read_factors
 from qlora_pipe.verify import verify_path
 
+NAME = linear_name(0, "down")
 GUIDED = (
     "prune.method=lora",
     "prune.kv_ratio=0.5",
@@ -60,7 +63,7 @@ def test_as_many_groups_stay_as_were_asked_for(artifacts: dict[str, Artifact]) -
     for kept in index_map(artifacts).layers:
         assert (len(kept.kv_heads), len(kept.ffn)) == (1, 96)
     for stage in ("select", "prune", "align"):
-        verify_path(artifacts[stage].folder)
+        list(verify_path(artifacts[stage].folder))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -74,10 +77,9 @@ def test_the_masked_model_is_the_small_one(family: str, tmp_path: Path) -> None:
     ids = torch.arange(2, 34).view(2, 16)
     whole = model(input_ids=ids).logits
     ramp = Ramp(packed_modules(model), shapes, seen.config.guide, [(1, 96)] * len(shapes))
-    for mask, layer in zip(ramp.masks, seen.index_map.layers, strict=True):
+    for mask, layer in zip(ramp.masks.values(), seen.index_map.layers, strict=True):
         for kind, indices in (("kv", layer.kv_heads), ("ffn", layer.ffn)):
             mask[kind].zero_()[list(indices)] = 1
-    assert ramp.kept == seen.index_map
     found = pruned_model(seen)(input_ids=ids).logits
     torch.testing.assert_close(model(input_ids=ids).logits, found, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(whole, found, atol=1e-2)
@@ -106,6 +108,39 @@ def test_columns_are_seen_from_their_side_unless_told_otherwise(config: Path, si
     assert reader.read(f"{linear_name(0, 'down')}.{still}.weight").abs().max() < 1e-9
     assert reader.read(f"{linear_name(0, 'up')}.lora_B.weight").abs().max() < 1e-9
     assert reader.read(f"{linear_name(0, 'up')}.lora_A.weight").abs().max() > 1e-2
+
+
+def test_a_cut_of_another_adapter_is_found(config: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    compile_model(load(config, (*GUIDED, f"run={run}")), Reporter(json_lines=True), until="align")
+    assert len(list(verify_path(run))) == CHAIN.index("align") + 1
+    path = (run / "align").resolve() / "adapter.safetensors"
+    content = bytearray(path.read_bytes())
+    header = json.loads(content[8 : (start := 8 + int.from_bytes(content[:8], "little"))])
+    first, end = (start + offset for offset in header[f"{NAME}.lora_A.weight"]["data_offsets"])
+    content[first:end] = content[first + 4 : end] + content[first : first + 4]
+    path.write_bytes(content)
+    manifest = json.loads((path.parent / "manifest.json").read_text())
+    manifest["files"][path.name]["sha256"] = file_digest(path)
+    (path.parent / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ArtifactError, match="is not select's adapter at the kept indices"):
+        list(verify_path(run))
+
+
+def test_a_live_group_without_score_is_not_taken_for_a_masked_one(config: Path, artifacts: dict[str, Artifact]) -> None:
+    seen = context_of(load(config, GUIDED), artifacts)
+    modules, shapes = packed_modules(full_packed_model(seen)), seen.known.architecture.layers
+    ramp = Ramp(modules, shapes, seen.config.guide, [(1, 96)] * len(shapes))
+    scores = [{"kv": torch.tensor([0.0, 2.0]), "ffn": torch.arange(192.0)} for _ in shapes]
+    for layer in scores:
+        layer["ffn"][100:] = 0
+    ramp._average.update(scores)
+    for mask in ramp.masks.values():
+        mask["ffn"][:10] = 0
+    ramp._renew(0.5)
+    for mask in ramp.masks.values():
+        assert not mask["ffn"][:10].any()
+        assert int(mask["ffn"].sum()) == 144
 
 
 class Killed(Exception):
@@ -146,7 +181,7 @@ def test_the_ramp_masks_more_and_more_and_nothing_comes_back(config: Path, monke
 
     def watched(self: Any, step: int) -> None:
         real(self, step)
-        seen.append([mask["ffn"].clone() for mask in self.masks])
+        seen.append([mask["ffn"].clone() for mask in self.masks.values()])
 
     monkeypatch.setattr(Ramp, "before_step", watched)
     settings = load(config, (*GUIDED, f"run={config.parent / 'watched'}"))

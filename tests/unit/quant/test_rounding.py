@@ -87,8 +87,8 @@ def test_a_column_costs_what_its_error_leaves_behind(damping, transposed):
         weight, choice, covariance, transposed=transposed, levels=levels_of(choice), damping=damping
     )
     cost = (left @ covariance.double() * left).sum(dim=1)
-    torch.testing.assert_close(passing.column_cost.double(), cost, rtol=1e-4, atol=0)
-    total = (passing.column_cost.double() * errors.square().sum(dim=0)).sum().item()
+    torch.testing.assert_close(passing.column_cost().double(), cost, rtol=1e-4, atol=0)
+    total = (passing.column_cost().double() * errors.square().sum(dim=0)).sum().item()
     loss = _loss(
         weight - _rebuilt(quantize_compensated(weight, choice, passing, transposed=transposed), choice, transposed),
         covariance,
@@ -252,7 +252,7 @@ def test_an_ill_conditioned_covariance_is_factored_in_float64():
         inverse = torch.linalg.inv(hessian[step:, step:])
         left = inverse[0] / inverse[0, 0]
         exact = (left @ ordered[step:, step:] @ left).item()
-        assert passing.column_cost[passing.order[step]].item() == pytest.approx(exact, rel=1e-4)
+        assert passing.column_cost()[passing.order[step]].item() == pytest.approx(exact, rel=1e-4)
 
 
 @BOTH

@@ -1,6 +1,8 @@
 """Targets found a layer at a time against the whole teacher; the divergence against the one over the vocabulary."""
 
+import tempfile
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -36,7 +38,7 @@ def student(folder: TinyFolder, tmp_path_factory: pytest.TempPathFactory) -> Mod
 
 
 def targets(folder: TinyFolder, top: int, rows: list[Row] = ROWS) -> Targets:
-    return teacher_targets(folder.stream(), rows, top, Reporter(json_lines=True))
+    return teacher_targets(folder.stream(), rows, top, Path(tempfile.gettempdir()), Reporter(json_lines=True))
 
 
 def test_targets_are_the_teachers_most_likely_tokens(folder: TinyFolder) -> None:
@@ -86,6 +88,15 @@ def test_batches_may_be_made_in_any_order(folder: TinyFolder, student: Model) ->
     total = found(collate(ROWS)).item()
     assert found(collate(ROWS[::-1])).item() == pytest.approx(total, rel=1e-5)
     assert sum(found(collate([row])).item() for row in ROWS) == pytest.approx(total, rel=1e-5)
+
+
+def test_one_text_under_two_masks_has_targets_of_both(folder: TinyFolder, student: Model) -> None:
+    row = ROWS[1]
+    other = Row(row.input_ids, (*[-100] * 100, *row.labels[100:]))
+    both = targets(folder, 8, [row, other])
+    for one in (row, other):
+        alone = summed_distillation(targets(folder, 8, [one]), student, collate([one])).item()
+        assert summed_distillation(both, student, collate([one])).item() == pytest.approx(alone, rel=1e-5)
 
 
 def test_a_certain_student_has_a_finite_divergence_and_gradient(folder: TinyFolder) -> None:
