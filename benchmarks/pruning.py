@@ -1,6 +1,6 @@
 """What pruning costs, before and after alignment: every ranking at the same true reduction of the blocks' parameters.
 
-    python benchmarks/pruning.py [--short] [--json FILE] [--model smollm2|gemma3] [--reductions 0.1,0.2,0.3,0.5]
+    python benchmarks/pruning.py [--short] [--json FILE] [--model smollm2|gemma3|stories260k] [--reductions 0.1,0.2,0.3,0.5]
         [--methods NAMES] [--steps 32] [--windows N] [--calibration N]
 
 The base is the model decomposed to 4 bits, whose codes are sliced. After: slot C was trained on the same rows of
@@ -75,7 +75,9 @@ def measure(arguments: argparse.Namespace) -> Iterator[Row]:
     names = arguments.methods.split(",") if arguments.methods else list(known)
     if set(names) - set(known):
         raise SystemExit(f"--methods: expected some of {', '.join(known)}, found {arguments.methods}")
-    base = (*setting("decompose", budget="4bits", ranks=[0, 16]), *setting("export", small=False))
+    # Of a tiny model the feed-forward widths are no multiples of 64.
+    base = (*setting("decompose", budget="4bits"), *setting("prune", align=4 if subject.ranks else 64))
+    base = (*base, *setting("export", small=False))
     whole = base_losses(settings(subject), windows)
     shares = [float(text) for text in arguments.reductions.split(",")] if arguments.reductions else REDUCTIONS
     for share in shares[1:2] if arguments.short else shares:
