@@ -1,7 +1,7 @@
 """What pruning costs, before and after alignment: every ranking at the same true reduction of the blocks' parameters.
 
-    python benchmarks/pruning.py [--short] [--json FILE] [--model smollm2|gemma3|stories260k] [--reductions 0.1,0.2,0.3,0.5]
-        [--methods NAMES] [--steps 32] [--windows N] [--calibration N]
+    python benchmarks/pruning.py [--short] [--json FILE] [--model smollm2|gemma3|stories260k]
+        [--reductions 0.1,0.2,0.3,0.5] [--methods NAMES] [--steps 32] [--windows N] [--calibration N]
 
 The base is the model decomposed to 4 bits, whose codes are sliced. After: slot C was trained on the same rows of
 generic text by every method, `--steps` of 4 rows of 256 tokens, to predict what the original predicts; of the methods
