@@ -4,13 +4,11 @@ A removed input channel j changes an output by W_:j x_j. Its mean W_:j E[x_j] ca
 trained afterwards, so what is lost is the fluctuation about it.
 """
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
 from prune.groups import LayerShape
-from prune.members import fold, magnitudes
+from prune.members import fold
 from prune.saliency import check_reader, column_sums
 
 
@@ -30,16 +28,16 @@ def flap(role: str, weight: Tensor, variance: Tensor, shape: LayerShape) -> Tens
     return fold(role, fluctuation(role, weight, variance, shape), shape)
 
 
-def standardised(role: str, channels: Tensor, shape: LayerShape, power: Literal[1, 2] = 1) -> Tensor:
+def standardised(role: str, channels: Tensor, shape: LayerShape) -> Tensor:
     """Scores of groups that can be ranked across layers, and KV groups against FFN channels: fp64 [groups].
 
     ``channels`` [in] of one layer, from ``fluctuation``, are shifted and scaled to mean 0 and (unbiased) standard
     deviation 1; a group's score is the mean over its channels. So a layer keeps more the farther its best channels
     stand out, whatever its scale: FLAP's adaptive structure, AL-AM. A group then counts with what it costs, which
-    differs between the kinds. The released code squares the channels of attention first: ``power`` 2. Channels that
-    are all equal score 0. Raises PruneError for an unknown role, another number of channels or another power.
+    differs between the kinds. (The released code squares the channels of attention first.) Channels that are all equal
+    score 0. Raises PruneError for an unknown role or another number of channels.
     """
-    values = magnitudes(channels, power)
+    values = channels.to(torch.float64)
     sizes = fold(role, torch.ones_like(values), shape)
     centred = values - values.mean()
     deviation = centred.square().sum().div(max(len(values) - 1, 1)).sqrt()

@@ -41,17 +41,15 @@ def taylor(role: str, weight: Tensor | Rows, grad: Tensor, shape: LayerShape, *,
     return fold(role, taylor_sums(weight, grad, pruned_dim(role), power=power), shape)
 
 
-def gates(role: str, moments: Tensor, shape: LayerShape, *, squared: bool = False) -> Tensor:
+def gates(role: str, moments: Tensor, shape: LayerShape) -> Tensor:
     """Scores of groups from the gradients of gates at the inputs of ``role`` ("o" or "down"): fp64 [groups].
 
     A gate of 1 on channel j has dloss/dgate = sum over tokens of x_j dloss/dx_j, which needs no gradient of a weight
     and equals the signed sum of G o W over column j. ``moments`` are these sums, [in], or [samples, in] to tell samples
     apart. One gate on a whole group has the sum of its channels' gradients; a score is the absolute value of that sum,
-    averaged over samples, which then do not cancel each other. ``squared``: moments are sums or means of
-    (x_j dloss/dx_j)^2, which add up over a group as if its channels were independent.
+    averaged over samples, which then do not cancel each other.
 
-    Raises PruneError for a role whose columns are not pruned, another number of channels, no sample, or a negative
-    square.
+    Raises PruneError for a role whose columns are not pruned, another number of channels, or no sample.
     """
     width = shape_of(role, shape)[1]
     if pruned_dim(role) != 1 or moments.ndim not in (1, 2) or moments.shape[-1] != width or not moments.numel():
@@ -59,7 +57,5 @@ def gates(role: str, moments: Tensor, shape: LayerShape, *, squared: bool = Fals
             f"expected o or down with gate moments [{width}] or [samples, {width}], found {role} with "
             f"{tuple(moments.shape)}"
         )
-    if squared and bool((moments < 0).any()):
-        raise PruneError(f"{role}: squared gate moments are not negative, found {float(moments.min()):g}")
     samples = moments.to(torch.float64).reshape(-1, width)
     return fold(role, samples.T, shape).abs().mean(dim=1)

@@ -7,9 +7,8 @@ import torch
 from torch import Tensor
 
 from prune.exceptions import PruneError
-from prune.flap import fluctuation, standardised
+from prune.flap import flap, fluctuation, standardised
 from prune.groups import ROLES, LayerShape
-from prune.members import fold
 from prune.moments import variance
 from prune.saliency import GroupScores, activation, random, wanda
 from prune.select import keep_best
@@ -110,8 +109,8 @@ def _by_moments(context: Context, layer: int, weight: Weight, shape: LayerShape)
         if settings.method == "taylor":
             found[kind] = gates(role, reader.read(f"{name}.gates"), shape)
         elif settings.method == "flap":
-            channels = fluctuation(role, weight(role), variance(squares, reader.read(f"{name}.mean")), shape)
-            found[kind] = standardised(role, channels, shape) if across else fold(role, channels, shape)
+            seen = role, weight(role), variance(squares, reader.read(f"{name}.mean")), shape
+            found[kind] = standardised(role, fluctuation(*seen), shape) if across else flap(*seen)
         else:
             score = activation if settings.method == "activation" else wanda
             found[kind] = score(role, weight(role), squares, shape, reader.read(f"{name}.gradient") if across else None)
