@@ -118,7 +118,7 @@ def context(config: Config, artifacts: dict[str, Artifact]) -> Context:
     if "select" in artifacts:
         folder, source = artifacts["select"].folder, artifacts["source"].manifest
         kept = read_index_map(folder, source, known.architecture.layers)
-        known = known.with_kept([kept.kept_shape(layer) for layer in range(len(kept.layers))])
+        known = known.with_kept(kept.kept_shapes)
     return Context(config=config, known=known, base=base, inputs=artifacts, out=place, work=place, reporter=Reporter())
 
 

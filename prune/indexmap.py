@@ -82,7 +82,12 @@ class IndexMap:
     @property
     def is_uniform(self) -> bool:
         """True when all layers have one kept shape, so a configuration with global widths fits."""
-        return len({self.kept_shape(layer) for layer in range(len(self.layers))}) == 1
+        return len(set(self.kept_shapes)) == 1
+
+    @property
+    def kept_shapes(self) -> tuple[LayerShape, ...]:
+        """Widths of all layers of the pruned model."""
+        return tuple(self.kept_shape(layer) for layer in range(len(self.layers)))
 
     def kept_shape(self, layer: int) -> LayerShape:
         """Widths of the pruned layer; head size, hidden size and queries per KV head do not change."""

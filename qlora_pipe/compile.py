@@ -148,7 +148,7 @@ class _Run:
             self._plan()
         elif stage.name == "select":
             kept = read_index_map(known.folder, self.artifacts["source"].manifest, self.known.architecture.layers)
-            self.known = self.known.with_kept([kept.kept_shape(layer) for layer in range(len(kept.layers))])
+            self.known = self.known.with_kept(kept.kept_shapes)
             self._plan()
         self.reporter.stage = ""
 

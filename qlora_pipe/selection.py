@@ -87,7 +87,7 @@ def record(
     """The body of selection.json. Reductions are shares of the blocks' parameters, `nominal` of the groups in layers
     that are not protected; `loss` and `loss_uniform` are sums over the table, the latter of the even widths.
     """
-    layers = tuple(kept.kept_shape(layer) for layer in range(len(kept.layers)))
+    layers = kept.kept_shapes
     even = small_architecture(architecture, settings)
     full, small = architecture.block_parameters(), even.with_layers(layers).block_parameters()
     return {
@@ -157,7 +157,7 @@ def recheck(
     for name, losses in _losses(values, table, density=_is_density(body["method"], body["widths"])).items():
         if losses != [row["loss"] for row in table[name]]:
             raise CertificateError(f"table.json: the losses of {name} do not follow from scores.json")
-    layers = tuple(kept.kept_shape(layer) for layer in range(len(kept.layers)))
+    layers = kept.kept_shapes
     if keep_best(values, kept.original, [(shape.kv_heads, shape.ffn) for shape in layers]) != kept:
         raise CertificateError("kept.json does not keep the groups of the highest scores")
     gone = sum(rows[-1]["parameters"] - _row(rows, width)["parameters"] for rows, width in _taken(table, layers))

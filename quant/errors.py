@@ -12,7 +12,7 @@ from quant.decompose import PLAIN, decompose
 from quant.exceptions import QuantError, ShapeError
 from quant.lowrank import dequantize_factors, store_factors
 from quant.metric import Metric
-from quant.rounding import Chain, Feedback
+from quant.rounding import Chain, Feedback, passing_for
 from quant.storage import UNSEARCHED, Choice
 
 # Log-gain of an iteration over that of the one before: the median over 756 decompositions of SmolLM2's matrices (2 to
@@ -112,7 +112,7 @@ def error_table(
             anchor,
             generator=generator,
             metric=metric,
-            passing=None if passing is None else passing[None if transposed else anchor.block_size],
+            passing=passing_for(anchor, passing, transposed),
             transposed=transposed,
             max_iterations=max_iterations if quantize_first else min(2, max_iterations),
             patience=patience,
@@ -179,7 +179,7 @@ class _FirstLook:
         self.metric = Metric(self.rows.sqrt(), metric.inputs, metric.covariance)
         self.passing, self.transposed, self.multiples = passing, transposed, multiples
         self._remainders: dict[tuple[int, str], Tensor] = {}
-        self._passing_on: tuple[int | None, Chain, Tensor] | None = None
+        self._passing_on: tuple[Feedback, Chain, Tensor] | None = None
 
     def estimates(self, choices: Sequence[Choice]) -> dict[Choice, Estimate]:
         return {choice: self._estimate(choice) for choice in choices}
@@ -187,12 +187,12 @@ class _FirstLook:
     def _estimate(self, choice: Choice) -> Estimate:
         remainder = self._remainder(choice)
         error = remainder - _nearest(remainder, choice, self.transposed, self.multiples)
-        if self.passing is None:
+        passing = passing_for(choice, self.passing, self.transposed)
+        if passing is None:
             by_output = self.metric.by_output(error)
         else:
-            block = None if self.transposed else choice.block_size
-            if self._passing_on is None or self._passing_on[0] != block:
-                self._passing_on = block, self.passing[block].chain(), self.passing[block].column_cost()
+            if self._passing_on is None or self._passing_on[0] is not passing:
+                self._passing_on = passing, passing.chain(), passing.column_cost()
             _, chain, cost = self._passing_on
             squares = error.square()
             growth = chain.growth(self.rows @ remainder.square(), self.rows @ squares)
@@ -242,7 +242,7 @@ def full_table(
             choice,
             generator=torch.Generator().manual_seed(generator_seed),
             metric=metric,
-            passing=None if passing is None else passing[None if transposed else choice.block_size],
+            passing=passing_for(choice, passing, transposed),
             transposed=transposed,
             max_iterations=max_iterations,
             patience=patience,

@@ -90,6 +90,11 @@ class Chain:
         return found
 
 
+def passing_for(choice: Choice, passing: dict[int | None, Feedback] | None, transposed: bool) -> Feedback | None:
+    """By the columns that stay together: those of a block, or each alone where blocks run along the outputs."""
+    return None if passing is None else passing[None if transposed else choice.block_size]
+
+
 @torch.no_grad()
 def feedback(covariance: Tensor, block: int | None, damping: float = 0.01) -> Feedback:
     """Prepare rounding under `covariance` fp32 [n, n], damped by `damping` times its mean diagonal.

@@ -17,7 +17,7 @@ from qlora_pipe.hf.loss import summed_loss
 from qlora_pipe.hf.training import SummedLoss
 from qlora_pipe.stages.base import Context, Stage, computing
 from qlora_pipe.stages.models import base_layers, pruned_model
-from qlora_pipe.stages.packing import read_factors
+from qlora_pipe.stages.packing import read_factors, write_factors
 from qlora_pipe.stages.train import fit_adapter, training_rows
 
 
@@ -58,9 +58,7 @@ def _write_sliced(context: Context) -> None:
     factors = _sliced(context)
     with context.writer(context.known.compensation(), stem="adapter") as writer:
         for _, _, name in context.known.small.linears():
-            lora_a, lora_b = factors(name)
-            writer.write(f"{name}.lora_A.weight", lora_a)
-            writer.write(f"{name}.lora_B.weight", lora_b)
+            write_factors(writer, name, *factors(name))
 
 
 def _settings(config: Config) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from qlora_pipe.artifacts.tensors import TensorReader
 from qlora_pipe.config import Config
 from qlora_pipe.stages.base import Context, Stage, computing
 from qlora_pipe.stages.models import Make, compensation, l4q_modules, sliced_base_model
-from qlora_pipe.stages.packing import read_factors
+from qlora_pipe.stages.packing import read_factors, write_factors
 from qlora_pipe.stages.train import fit, strength, training_rows
 from quant.fakequant import L4QLinear
 from quant.grid import to_unsigned
@@ -84,8 +84,7 @@ def _write(context: Context, modules: dict[str, L4QLinear]) -> None:
             writer.write(name, context.base_reader.read(name))
     with context.writer(known.compact_adapter(), stem="adapter") as writer:
         for name, module in modules.items():
-            writer.write(f"{name}.lora_A.weight", module.lora_a)
-            writer.write(f"{name}.lora_B.weight", module.lora_b)
+            write_factors(writer, name, module.lora_a, module.lora_b)
 
 
 def compact_settings(config: Config) -> dict[str, Any]:

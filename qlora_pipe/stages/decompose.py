@@ -17,6 +17,7 @@ from qlora_pipe.stages.packing import write_packed_model
 from qlora_pipe.stages.score import Matrix, by_layer, exhaust, seed_of
 from quant.buffers import packed_buffers
 from quant.decompose import decompose
+from quant.rounding import passing_for
 
 
 def run(context: Context) -> None:
@@ -56,7 +57,7 @@ def _one(context: Context, moments: Moments, matrix: Matrix) -> Decomposed:
         choice,
         generator=torch.Generator().manual_seed(seed_of(context, number)),
         metric=moments.metric(layer, role),
-        passing=None if passing is None else passing[None if shape.transposed else choice.block_size],
+        passing=passing_for(choice, passing, shape.transposed),
         transposed=shape.transposed,
         max_iterations=settings.iterations,
         patience=settings.patience,

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from qlora_pipe.artifacts.tensors import torch_dtype_of
+from qlora_pipe.artifacts.tensors import TensorWriter, torch_dtype_of
 from qlora_pipe.errors import StageError
 from qlora_pipe.exporters.packed import write_packed_settings
 from qlora_pipe.hf.packed import packed_like
@@ -67,6 +67,12 @@ def _packed_table(context: Context, tensor: str, shape: PackedShape) -> dict[str
 def read_factors(read: Callable[[str], Tensor], name: str) -> tuple[Tensor, Tensor]:
     """Stored LoRA factors of one linear map: A [rank, in] and B [out, rank]."""
     return read(f"{name}.lora_A.weight"), read(f"{name}.lora_B.weight")
+
+
+def write_factors(writer: TensorWriter, name: str, lora_a: Tensor, lora_b: Tensor) -> None:
+    """Store LoRA factors of one linear map, as `read_factors` finds them."""
+    writer.write(f"{name}.lora_A.weight", lora_a)
+    writer.write(f"{name}.lora_B.weight", lora_b)
 
 
 def read_buffers(read: Callable[[str], Tensor], name: str, shape: PackedShape) -> dict[str, Tensor]:

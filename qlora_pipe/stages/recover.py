@@ -22,7 +22,7 @@ from qlora_pipe.stages.models import (
     sliced_base_model,
     with_adapter,
 )
-from qlora_pipe.stages.packing import read_factors
+from qlora_pipe.stages.packing import read_factors, write_factors
 from qlora_pipe.stages.train import strength
 from qlora_pipe.transfer import Losses, UnquantiseGap, choose_scale, transfer_efficiency
 from quant.grid import dequantize, init_step, quantize
@@ -71,8 +71,7 @@ def _scatter(context: Context, stage: str, stem: str, layout: layouts.Tensors) -
             small_a, small_b = read_factors(reader.read, name)
             kept = context.index_map.kept_indices(layer, role)
             lora_a, lora_b = scatter_adapter(small_a, small_b, role, kept, shape_of(role, full.layers[layer]))
-            writer.write(f"{name}.lora_A.weight", lora_a)
-            writer.write(f"{name}.lora_B.weight", lora_b)
+            write_factors(writer, name, lora_a, lora_b)
 
 
 def _loss_by_scale(context: Context, chosen: list[Row]) -> dict[float, float]:

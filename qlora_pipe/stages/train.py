@@ -14,6 +14,7 @@ from qlora_pipe.hf.tokens import Row, load_tokenizer, rows
 from qlora_pipe.hf.training import SummedLoss, Watch, train
 from qlora_pipe.stages.base import Context, Stage, computing
 from qlora_pipe.stages.models import aligned_model, packed_modules
+from qlora_pipe.stages.packing import write_factors
 from quant.linear import PackedLinear
 
 
@@ -56,8 +57,7 @@ def write_adapter(context: Context, modules: Mapping[str, PackedLinear], archite
         for name, module in modules.items():
             assert module.task_a is not None
             assert module.task_b is not None
-            writer.write(f"{name}.lora_A.weight", module.task_a)
-            writer.write(f"{name}.lora_B.weight", module.task_b)
+            write_factors(writer, name, module.task_a, module.task_b)
 
 
 def fit(

@@ -135,7 +135,7 @@ def context_of(folder: Path, *overrides: str) -> Context:
     body = json.loads((artifacts["allocate"].folder / "allocation.json").read_text())
     known = know(config, folder / "model").with_allocation(read_allocation(body))
     kept = kept_of(folder)
-    known = known.with_kept([kept.kept_shape(layer) for layer in range(len(kept.layers))])
+    known = known.with_kept(kept.kept_shapes)
     return Context(config, known, folder / "model", artifacts, folder / "out", folder / "work", reporter)
 
 

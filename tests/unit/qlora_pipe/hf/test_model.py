@@ -49,7 +49,7 @@ def sliced(tiny: TinyFolder, kept: IndexMap) -> Model:
             bias = slice_bias(bias, role, indices)
         return dense_linear(slice_rows_or_columns(weight, role, indices), bias)
 
-    layers = tuple(kept.kept_shape(layer) for layer in range(len(kept.layers)))
+    layers = kept.kept_shapes
     return tiny.build(linear, replace(tiny.architecture, layers=layers))
 
 
