@@ -22,7 +22,7 @@ from perplexity import SUBJECTS, Subject, compare, heldout, losses, same_bytes, 
 from rows import Row
 
 from qlora_pipe import datasets
-from qlora_pipe.hf.tokens import Row as Tokens
+from qlora_pipe.hf.sequences import Row as Tokens
 
 NEAREST = setting("decompose", rounding="nearest")
 REFINE = {"enabled": True, "length": 256}

@@ -29,13 +29,13 @@ from qlora_pipe.artifacts.store import Artifact
 from qlora_pipe.compile import compile_model
 from qlora_pipe.config import Config
 from qlora_pipe.config_file import load
-from qlora_pipe.datasets import Record
 from qlora_pipe.events import Reporter
 from qlora_pipe.hf.loss import score
-from qlora_pipe.hf.tokens import Row as Tokens
+from qlora_pipe.hf.sequences import Row as Tokens
 from qlora_pipe.hf.tokens import load_tokenizer
 from qlora_pipe.hf.tokens import rows as token_rows
 from qlora_pipe.plan import know
+from qlora_pipe.records import Record
 from qlora_pipe.selection import read_index_map
 from qlora_pipe.sources import cache_folder
 from qlora_pipe.stages import decompose, refine

@@ -26,7 +26,7 @@ from qlora_pipe.compile import compile_model
 from qlora_pipe.config import Config
 from qlora_pipe.events import Reporter
 from qlora_pipe.hf.loss import score
-from qlora_pipe.hf.tokens import Row as Tokens
+from qlora_pipe.hf.sequences import Row as Tokens
 from qlora_pipe.stages.models import aligned_model, pruned_model
 
 REDUCTIONS = (0.1, 0.2, 0.3, 0.5)

@@ -37,7 +37,8 @@ from qlora_pipe.architectures import MODULE
 from qlora_pipe.compile import compile_model
 from qlora_pipe.events import Reporter
 from qlora_pipe.hf.layers import LayerStream
-from qlora_pipe.hf.tokens import collate, load_tokenizer
+from qlora_pipe.hf.sequences import collate
+from qlora_pipe.hf.tokens import load_tokenizer
 from qlora_pipe.hf.tokens import rows as token_rows
 from qlora_pipe.stages.models import base_layers
 

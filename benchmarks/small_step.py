@@ -23,7 +23,7 @@ from qlora_pipe.compile import compile_model
 from qlora_pipe.events import Reporter
 from qlora_pipe.hf.loss import summed_loss
 from qlora_pipe.hf.model import Model
-from qlora_pipe.hf.tokens import collate
+from qlora_pipe.hf.sequences import collate
 from qlora_pipe.stages.models import full_packed_model, packed_modules, pruned_model
 
 REDUCTIONS = (0.2, 0.5)

@@ -6,66 +6,13 @@ Descriptions of the fields are the documentation: `qlora-pipe init` writes them 
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from qlora_pipe.config_data import Data
 from qlora_pipe.config_decompose import Decompose
 from qlora_pipe.config_section import Count, Fraction, Positive, Rate, Section
 from qlora_pipe.errors import ConfigError
 from qlora_pipe.units import parse_bytes
-
-
-class Dataset(Section):
-    """A text or a set of records, read as data, never executed."""
-
-    source: str = Field(description="a file, or package:NAME:PATH for a file inside an installed package")
-    prompt: str | None = Field(None, description="template of the user turn, e.g. 'Tell me about {title}.'")
-    response: str | None = Field(None, description="template of the answer; only its tokens are scored")
-    text: str | None = Field(None, description="template of a plain-text record; none: the file is one text")
-    exclude: tuple[str, ...] = Field((), description="records whose first template field is one of these are dropped")
-    heldout: Annotated[float, Field(ge=0, le=1)] = Field(
-        0.1, description="share of the records (or of the end of the text) kept for evaluation"
-    )
-
-    @model_validator(mode="after")
-    def _templates_agree(self) -> "Dataset":
-        if (self.prompt is None) != (self.response is None):
-            raise ValueError("prompt and response go together: give both, or neither")
-        if self.prompt is not None and self.text is not None:
-            raise ValueError("give prompt and response, or text, not all three")
-        return self
-
-
-def _dataset_shorthand(value: Any) -> Any:
-    return {"source": value} if isinstance(value, str) else value
-
-
-DatasetField = Annotated[Dataset, BeforeValidator(_dataset_shorthand, json_schema_input_type=str | Dataset)]
-
-
-TASK = "task"
-"""Name of the task's own held-out text in every table."""
-
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
-
-
-class Data(Section):
-    """What text is used for what."""
-
-    calibration: DatasetField = Field(description="generic text for the calibration pass")
-    task: DatasetField = Field(description="what the adapter is trained on, and held-out rows of it")
-    evaluation: dict[Name, DatasetField] = Field(
-        default_factory=dict, description="further texts to measure perplexity on, by name; whole unless heldout is set"
-    )
-
-    @field_validator("evaluation")
-    @classmethod
-    def _whole_texts(cls, value: dict[str, Dataset]) -> dict[str, Dataset]:
-        if TASK in value:
-            raise ValueError(f"{TASK} is the name of the task's own held-out rows; choose another")
-        return {
-            name: text if "heldout" in text.model_fields_set else text.model_copy(update={"heldout": 1.0})
-            for name, text in value.items()
-        }
 
 
 class Memory(Section):
@@ -225,11 +172,20 @@ class Align(Adapter):
     top: Positive = Field(64, description="next tokens that are learnt one by one from the teacher, the rest as one")
 
 
-class Train(Adapter):
+class Tuning(Adapter):
+    """An optimisation on the task's records."""
+
+    packing: bool = Field(
+        False,
+        description="short rows share one of at most length tokens, and none sees another; batches then waste little",
+    )
+
+
+class Train(Tuning):
     """Slot T: additive LoRA on the sliced Q + L1 L2, and on slot C if there is one."""
 
 
-class Compact(Adapter):
+class Compact(Tuning):
     """L4Q on the pruned original weights: what was trained is the integer model that is shipped."""
 
     enabled: bool = Field(True, description="false: only the adapter for the full model is made")

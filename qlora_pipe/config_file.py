@@ -7,7 +7,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from qlora_pipe.config import Config, Dataset
+from qlora_pipe.config import Config
+from qlora_pipe.config_data import Dataset
 from qlora_pipe.config_problems import explain
 from qlora_pipe.config_yaml import Path as Keys
 from qlora_pipe.config_yaml import dump_yaml, parse_yaml

@@ -9,7 +9,8 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from qlora_pipe.config import Config, Data, Dataset
+from qlora_pipe.config import Config
+from qlora_pipe.config_data import Data, Dataset
 from qlora_pipe.config_yaml import dump_value
 from qlora_pipe.units import parse_budget
 

@@ -240,9 +240,11 @@ class L4QLinear(nn.Module):
         )
 
     @torch.no_grad()
-    def clamp_steps_(self) -> None:
-        """Raise every step below ``MIN_TRAINED_STEP`` to it; call after each optimiser step."""
+    def clamp_steps_(self) -> int:
+        """Raise every step below ``MIN_TRAINED_STEP`` to it, and say how many; call after each optimiser step."""
+        low = int((self.scale < MIN_TRAINED_STEP).sum())
         self.scale.clamp_(min=MIN_TRAINED_STEP)
+        return low
 
     @torch.no_grad()
     def quantized(self) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -16,7 +16,7 @@ from qlora_pipe.architectures import Architecture, from_config
 from qlora_pipe.artifacts.tensors import TensorReader
 from qlora_pipe.hf.layers import LayerStream
 from qlora_pipe.hf.model import Model, build, dense_linear, load_config
-from qlora_pipe.hf.tokens import IGNORED, Row
+from qlora_pipe.hf.sequences import IGNORED, Row
 from qlora_pipe.layouts import packed_shape
 from qlora_pipe.stages.packing import packed_linear
 from quant.buffers import packed_buffers

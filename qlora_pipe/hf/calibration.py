@@ -20,7 +20,7 @@ from qlora_pipe.artifacts.scratch import Scratch
 from qlora_pipe.errors import StageError
 from qlora_pipe.events import Reporter
 from qlora_pipe.hf.layers import LayerArguments, LayerStream
-from qlora_pipe.hf.tokens import Row, collate
+from qlora_pipe.hf.sequences import Row, collate
 from qlora_pipe.memory import BOUNDARY_BYTES, CALIBRATION_TOKENS
 from quant.exceptions import NonFiniteError
 from quant.moments import Covariance, DiagonalMoments, token_weights

@@ -15,7 +15,7 @@ from qlora_pipe.events import Reporter
 from qlora_pipe.hf.calibration import Arguments, batches_of
 from qlora_pipe.hf.layers import LayerStream
 from qlora_pipe.hf.loss import cap_of, logits_of, predicting_states
-from qlora_pipe.hf.tokens import IGNORED, Row
+from qlora_pipe.hf.sequences import IGNORED, Row
 from qlora_pipe.memory import HEAD_ROWS
 
 # A model's probability of all other tokens is at least this: its logarithm stays finite.

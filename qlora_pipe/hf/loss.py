@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from qlora_pipe.errors import StageError
-from qlora_pipe.hf.tokens import IGNORED, Row, collate
+from qlora_pipe.hf.sequences import IGNORED, Row, collate
 from qlora_pipe.memory import EVALUATION_TOKENS, HEAD_ROWS
 
 
@@ -108,7 +108,6 @@ def cap_of(model: PreTrainedModel) -> float | None:
 
 def predicting_states(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
     """Final hidden states [positions, hidden] at the positions before those whose label is not IGNORED."""
-    hidden: Tensor = model.model(
-        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
-    ).last_hidden_state
+    where = {name: batch[name] for name in ("attention_mask", "position_ids") if name in batch}
+    hidden: Tensor = model.model(input_ids=batch["input_ids"], use_cache=False, **where).last_hidden_state
     return hidden[:, :-1][batch["labels"][:, 1:] != IGNORED]

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -25,8 +26,8 @@ from qlora_pipe.config import Optimisation
 from qlora_pipe.errors import StageError
 from qlora_pipe.events import Reporter
 from qlora_pipe.hf.loss import summed_loss
-from qlora_pipe.hf.tokens import Row, collate
-from quant.fakequant import L4QLinear
+from qlora_pipe.hf.sequences import Row, collate
+from quant.fakequant import MIN_TRAINED_STEP, L4QLinear
 
 
 class Watch(Protocol):
@@ -144,10 +145,11 @@ class _SlotTrainer(Trainer):
         count = (inputs["labels"][:, 1:] >= 0).sum() if num_items_in_batch is None else num_items_in_batch
         loss = self.summed(self.accelerator.unwrap_model(model), inputs) / count
         if not torch.isfinite(loss):
+            numbers = ", ".join(map(str, _numbers(self.train_dataset, inputs["input_ids"])))
             raise StageError(
-                f"the loss is {loss.item()} at step {self.state.global_step + 1}; the last whole checkpoint "
-                "of these settings is kept: "
-                "lower the learning rate and run again"
+                f"the loss is {loss.item()} at step {self.state.global_step + 1}, on the training rows {numbers} (from "
+                "0, as read); the last whole checkpoint of these settings is kept: lower the learning rate and run "
+                "again, or look at these rows"
             )
         return loss
 
@@ -185,6 +187,7 @@ class _Steps(TrainerCallback):
 
     def __init__(self, reporter: Reporter, steps: int, stack: ExitStack, watch: Watch | None) -> None:
         self._reporter, self._steps, self._stack, self._watch = reporter, steps, stack, watch
+        self._raised = Counter[str]()
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.global_step:
@@ -201,17 +204,32 @@ class _Steps(TrainerCallback):
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        for module in kwargs["model"].modules():
+        for name, module in kwargs["model"].named_modules():
             if isinstance(module, L4QLinear):
-                module.clamp_steps_()
+                self._raised[name] += module.clamp_steps_()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._advance()
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if total := self._raised.total():
+            name, count = self._raised.most_common(1)[0]
+            self._reporter.event(
+                "steps",
+                f"step sizes were raised to the floor of {MIN_TRAINED_STEP:g} {total} times, most often in {name} "
+                f"({count}): lower the rate of the step sizes (compact.step_rate)",
+            )
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         files = {path.name: file_digest(path) for path in sorted(folder.iterdir()) if path.name != _WHOLE}
         (folder / _WHOLE).write_text(json.dumps(files))
+
+
+def _numbers(rows: Sequence[Row], batch: Tensor) -> list[int]:
+    """Which of the rows are in a padded batch of token ids."""
+    found, width = {tuple(ids) for ids in batch.tolist()}, batch.shape[1]
+    return [n for n, row in enumerate(rows) if (*row.input_ids, *[0] * (width - len(row.input_ids))) in found]
 
 
 def trained_parameters(model: nn.Module) -> dict[str, Tensor]:

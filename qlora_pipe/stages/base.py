@@ -13,7 +13,8 @@ from prune.indexmap import IndexMap
 from qlora_pipe.artifacts.layout import Layout
 from qlora_pipe.artifacts.store import Artifact
 from qlora_pipe.artifacts.tensors import TensorReader, TensorWriter
-from qlora_pipe.config import Config, Dataset
+from qlora_pipe.config import Config
+from qlora_pipe.config_data import Dataset
 from qlora_pipe.events import Reporter
 from qlora_pipe.known import Known
 from qlora_pipe.selection import read_index_map

@@ -10,7 +10,7 @@ from qlora_pipe.config import Config
 from qlora_pipe.stages.base import Context, Stage, computing
 from qlora_pipe.stages.models import Make, compensation, l4q_modules, sliced_base_model
 from qlora_pipe.stages.packing import read_factors, write_factors
-from qlora_pipe.stages.train import fit, strength, training_rows
+from qlora_pipe.stages.train import fit, strength, task_rows
 from quant.fakequant import L4QLinear
 from quant.grid import to_unsigned
 from quant.pack import pack
@@ -27,8 +27,7 @@ def run(context: Context) -> None:
     for module in modules.values():
         for parameter in (module.lora_a, module.lora_b, module.scale):
             parameter.requires_grad_()
-    chosen = training_rows(context, context.config.data.task, settings)
-    log = fit(context, model, chosen, settings, settings.step_rate)
+    log = fit(context, model, task_rows(context, settings), settings, settings.step_rate)
     _write(context, modules)
     context.write_json("history.json", log)
 

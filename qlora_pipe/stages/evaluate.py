@@ -7,11 +7,12 @@ from typing import Any
 from qlora_pipe import datasets, layouts
 from qlora_pipe.artifacts.headers import read_folder
 from qlora_pipe.artifacts.layout import folder_files
-from qlora_pipe.config import TASK
+from qlora_pipe.config_data import TASK
 from qlora_pipe.errors import DataError
 from qlora_pipe.hf.loss import score
 from qlora_pipe.hf.model import Model
-from qlora_pipe.hf.tokens import Row, load_tokenizer, rows, take
+from qlora_pipe.hf.sequences import Row, take
+from qlora_pipe.hf.tokens import load_tokenizer, rows
 from qlora_pipe.stages.base import Context, Stage, computing
 from qlora_pipe.stages.models import (
     aligned_model,

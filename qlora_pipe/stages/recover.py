@@ -10,7 +10,8 @@ from qlora_pipe import datasets, layouts
 from qlora_pipe.artifacts.tensors import TensorReader
 from qlora_pipe.hf.loss import score
 from qlora_pipe.hf.model import dense_linear, set_strength
-from qlora_pipe.hf.tokens import Row, load_tokenizer, rows
+from qlora_pipe.hf.sequences import Row
+from qlora_pipe.hf.tokens import load_tokenizer, rows
 from qlora_pipe.stages.base import Context, Stage, computing
 from qlora_pipe.stages.compact import compact_settings, compact_strength
 from qlora_pipe.stages.models import (

@@ -1,16 +1,19 @@
 """train: slot T, additive LoRA on the sliced Q + L1 L2 and slot C, on the packed base."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from qlora_pipe import datasets, layouts
 from qlora_pipe.architectures import Architecture
-from qlora_pipe.config import Adapter, Dataset, Optimisation
+from qlora_pipe.config import Adapter, Optimisation, Tuning
+from qlora_pipe.config_data import Dataset
 from qlora_pipe.hf.loss import summed_loss
 from qlora_pipe.hf.model import Model
-from qlora_pipe.hf.tokens import Row, load_tokenizer, rows
+from qlora_pipe.hf.sequences import Row
+from qlora_pipe.hf.tokens import load_tokenizer, rows
 from qlora_pipe.hf.training import SummedLoss, Watch, train
 from qlora_pipe.stages.base import Context, Stage, computing
 from qlora_pipe.stages.models import aligned_model, packed_modules
@@ -24,7 +27,7 @@ def run(context: Context) -> None:
     fit_adapter(
         context,
         aligned_model(context, dense=False),
-        training_rows(context, context.config.data.task, settings),
+        task_rows(context, settings),
         settings,
     )
 
@@ -84,11 +87,29 @@ def fit(
     )
 
 
-def training_rows(context: Context, dataset: Dataset, settings: Optimisation) -> list[Row]:
-    """The first rows of the data set's training part, as many as all steps take."""
+def task_rows(context: Context, settings: Tuning) -> list[Row]:
+    """Rows of the task's training part, packed if the settings say so."""
+    return training_rows(context, context.config.data.task, settings, packing=settings.packing)
+
+
+def training_rows(context: Context, dataset: Dataset, settings: Optimisation, *, packing: bool = False) -> list[Row]:
+    """The first rows of the data set's training part, as many as all steps take; the user is told of what is left
+    out, and of how often rows are seen again."""
     count = settings.steps * settings.batch_size * settings.accumulation
-    records = datasets.load(dataset, "train", context.config.seed)
-    return rows(load_tokenizer(context.base), records, length=settings.length, count=count, name=dataset.source)
+    found = rows(
+        load_tokenizer(context.base),
+        datasets.load(dataset, "train", context.config.seed),
+        length=settings.length,
+        count=count,
+        name=dataset.source,
+        packing=packing,
+        tell=partial(context.reporter.event, "rows"),
+    )
+    if len(found) < count:
+        context.reporter.event(
+            "rows", f"{dataset.source}: {len(found)} rows for {count}, seen {count / len(found):.1f} times"
+        )
+    return found
 
 
 def strength(context: Context) -> float:

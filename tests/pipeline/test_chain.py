@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import yaml
-from tiny import save_settings, save_texts, save_tiny_model
+from tiny import context_of, save_settings, save_texts, save_tiny_model
 
 from qlora_pipe.allocation import read_allocation
 from qlora_pipe.artifacts.manifest import read_manifest
@@ -14,6 +14,7 @@ from qlora_pipe.compile import compile_model
 from qlora_pipe.config_file import load
 from qlora_pipe.events import Reporter
 from qlora_pipe.known import CHAIN
+from qlora_pipe.stages.train import task_rows
 from qlora_pipe.verify import verify_path
 
 FAMILIES = {
@@ -171,3 +172,19 @@ def test_from_makes_a_stage_anew_with_the_same_bytes(finished: Path) -> None:
     made = [line.partition(":")[0] for line in recorder.lines if ": made:" in line]
     assert made == ["recover", "export", "evaluate"]
     assert hashes(finished / "run") == before
+
+
+def test_instructions_that_share_rows_go_through_the_chain(tmp_path: Path) -> None:
+    save_tiny_model(tmp_path / "model")
+    save_texts(tmp_path)
+    lines = [{"instruction": f"Say {n}.", "input": "now" * (n % 2), "output": f"it is {n}"} for n in range(120)]
+    (tmp_path / "alpaca.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    task = {"source": str(tmp_path / "alpaca.jsonl"), "format": "alpaca"}
+    packed = {"packing": True, "length": 200, "batch_size": 1}
+    config = load(save_settings(tmp_path, data={"task": task}, train=packed, compact=packed), ())
+    artifacts = compile_model(config, Recorder())
+    for settings in (config.train, config.compact):
+        rows = task_rows(context_of(config, artifacts), settings)
+        assert len(rows) == settings.steps
+        assert all(len(row.lengths) > 1 and len(row.input_ids) <= 200 for row in rows)
+    assert read_manifest(artifacts["train"].folder).settings["packing"]

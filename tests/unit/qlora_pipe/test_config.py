@@ -4,7 +4,8 @@ import pytest
 from pydantic import BaseModel, ValidationError
 
 from qlora_pipe.architectures import from_config
-from qlora_pipe.config import Config, Dataset, Section
+from qlora_pipe.config import Config, Section
+from qlora_pipe.config_data import Dataset
 from qlora_pipe.known import choices_for
 
 SMALLEST: dict[str, Any] = {"model": "m", "data": {"calibration": "a.txt", "task": "b.txt"}}

@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlora_pipe.config import Config, Dataset
+from qlora_pipe.config import Config
+from qlora_pipe.config_data import Dataset
 from qlora_pipe.config_file import load, resolved_yaml
 from qlora_pipe.errors import ConfigError
 

@@ -4,11 +4,17 @@ from typing import Any
 
 import pytest
 
-from qlora_pipe.config import Dataset
-from qlora_pipe.datasets import Record, fingerprint, load
+from qlora_pipe import datasets
+from qlora_pipe.config_data import Dataset
+from qlora_pipe.datasets import Part, fingerprint
 from qlora_pipe.errors import DataError, SourceError
+from qlora_pipe.records import Record
 
 ROWS = [{"title": f"t{number}", "extract": f"about {number}", "n": number} for number in range(50)]
+
+
+def load(dataset: Dataset, part: Part, seed: int) -> list[Record]:
+    return list(datasets.load(dataset, part, seed))
 
 
 def save(folder: Path, rows: Any, name: str = "rows.json") -> Path:

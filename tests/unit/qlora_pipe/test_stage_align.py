@@ -16,7 +16,7 @@ from qlora_pipe.errors import ConfigError
 from qlora_pipe.events import Reporter
 from qlora_pipe.hf.loss import score, summed_divergence
 from qlora_pipe.hf.model import AdaptedLinear
-from qlora_pipe.hf.tokens import collate
+from qlora_pipe.hf.sequences import collate
 from qlora_pipe.stages.models import aligned_model, base_model, packed_modules, pruned_model
 from qlora_pipe.stages.packing import read_factors
 from qlora_pipe.stages.train import training_rows

@@ -14,7 +14,8 @@ from qlora_pipe.compile import compile_model
 from qlora_pipe.config_file import load
 from qlora_pipe.events import Reporter
 from qlora_pipe.hf.loss import summed_divergence
-from qlora_pipe.hf.tokens import collate, load_tokenizer, rows
+from qlora_pipe.hf.sequences import collate
+from qlora_pipe.hf.tokens import load_tokenizer, rows
 from qlora_pipe.stages.models import base_model, decomposed_model
 from qlora_pipe.verify import verify_path
 

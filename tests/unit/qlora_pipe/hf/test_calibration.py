@@ -24,7 +24,7 @@ from qlora_pipe.events import Reporter
 from qlora_pipe.hf.calibration import Gradients, batches_of, covariance_sweep, gradient_sweep
 from qlora_pipe.hf.layers import LayerStream
 from qlora_pipe.hf.model import dense_linear
-from qlora_pipe.hf.tokens import Row
+from qlora_pipe.hf.sequences import Row
 from quant.moments import Covariance
 
 # Longer than the sliding windows of the tiny models (32); two rows of one length share a batch.

@@ -14,7 +14,7 @@ from qlora_pipe.events import Reporter
 from qlora_pipe.hf.distill import Targets, summed_distillation, teacher_targets
 from qlora_pipe.hf.loss import summed_divergence
 from qlora_pipe.hf.model import Model
-from qlora_pipe.hf.tokens import Row, collate
+from qlora_pipe.hf.sequences import Row, collate
 from qlora_pipe.memory import HEAD_ROWS
 
 VOCABULARY = 260

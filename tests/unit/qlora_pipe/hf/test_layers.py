@@ -11,7 +11,7 @@ from tiny_models import LiveWeights, TinyFolder, byte_rows
 from qlora_pipe.errors import SourceError
 from qlora_pipe.hf.layers import LayerStream
 from qlora_pipe.hf.loss import summed_loss
-from qlora_pipe.hf.tokens import collate
+from qlora_pipe.hf.sequences import collate
 
 BATCH = collate(byte_rows(["forty bytes of calibration text, surely so", "another row of forty bytes of text, surely"]))
 

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from qlora_pipe.errors import StageError
 from qlora_pipe.hf.loss import Score, score, summed_loss
 from qlora_pipe.hf.model import Model
-from qlora_pipe.hf.tokens import Row, collate
+from qlora_pipe.hf.sequences import Row, collate
 from qlora_pipe.memory import HEAD_ROWS
 
 # Small enough to bend the logits of a random model.

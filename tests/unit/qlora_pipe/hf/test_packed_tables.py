@@ -22,7 +22,7 @@ from qlora_pipe.hf.adapters import packed_lora
 from qlora_pipe.hf.loss import summed_loss
 from qlora_pipe.hf.model import Model, dense_linear
 from qlora_pipe.hf.packed import packed_like
-from qlora_pipe.hf.tokens import collate
+from qlora_pipe.hf.sequences import collate
 from qlora_pipe.stages.packing import read_packed
 from quant.embedding import PackedEmbedding, TiedHead
 from quant.linear import PackedLinear

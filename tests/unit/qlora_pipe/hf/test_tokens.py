@@ -4,14 +4,14 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-import torch
 from tiny import byte_tokenizer, save_tiny_model
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerBase
 
-from qlora_pipe.datasets import Record
 from qlora_pipe.errors import DataError
-from qlora_pipe.hf.tokens import IGNORED, Row, collate, load_tokenizer, rows, take
+from qlora_pipe.hf.sequences import IGNORED, Row
+from qlora_pipe.hf.tokens import load_tokenizer, rows
+from qlora_pipe.records import Message, Record
 
 TEMPLATE = (
     "{% for message in messages %}[{{ message.role }}]{{ message.content }}~{% endfor %}"
@@ -151,20 +151,54 @@ def test_tokens_of_many_characters_do_not_make_a_text_short() -> None:
     ] * 3
 
 
-def test_take_stops_at_the_tokens_but_takes_one_row() -> None:
-    found = [Row((1, 2, 3), (1, 2, 3)), Row((1, 2), (1, 2)), Row((1, 2, 3), (1, 2, 3))]
-    assert take(found, 3) == found[:2]
-    assert take(found, 4) == found[:2]
-    assert take(found, 5) == found
-    assert take(found, 1) == found[:1]
+def test_every_answer_of_a_chat_is_scored() -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    earlier = (Message("system", "be brief"), Message("user", "why?"), Message("assistant", "because"))
+    (row,) = rows(tokenizer, [Record("and?", "so", earlier)], length=200, count=5, name="x")
+    whole = "[system]be brief~[user]why?~[assistant]because~[user]and?~[assistant]so~"
+    assert text_of(tokenizer, row.input_ids) == whole
+    assert scored_text(tokenizer, row) == "because~so~"
+    tokenizer.chat_template = None
+    (row,) = rows(tokenizer, [Record("and?", "so", earlier)], length=200, count=5, name="x")
+    assert text_of(tokenizer, row.input_ids) == "be brief\nwhy?\nbecause<|end|>and?\nso<|end|>"
+    assert scored_text(tokenizer, row) == "because<|end|>so<|end|>"
 
 
-def test_collate_pads_right_and_scores_no_pad() -> None:
-    batch = collate([Row((5, 6, 7), (IGNORED, 6, 7)), Row((8,), (8,))])
-    assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 0, 0]]
-    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
-    assert batch["labels"].tolist() == [[IGNORED, 6, 7], [8, IGNORED, IGNORED]]
-    assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
+def test_of_a_chat_whose_template_forgets_the_last_answer_is_scored() -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = FORGETFUL
+    record = Record("and?", "so", (Message("user", "why?"), Message("assistant", "because")))
+    (row,) = rows(tokenizer, [record], length=200, count=5, name="x")
+    assert text_of(tokenizer, row.input_ids) == "[user]and?~so<|end|>"
+    assert scored_text(tokenizer, row) == "so<|end|>"
+
+
+def test_a_plain_form_is_for_models_without_a_template() -> None:
+    tokenizer, record = byte_tokenizer(), Record("do it", "done", plain="### Instruction:\ndo it\n\n### Response:\n")
+    (row,) = rows(tokenizer, [record], length=200, count=5, name="x")
+    assert text_of(tokenizer, row.input_ids) == "### Instruction:\ndo it\n\n### Response:\n\ndone<|end|>"
+    tokenizer.chat_template = TEMPLATE
+    (row,) = rows(tokenizer, [record], length=200, count=5, name="x")
+    assert text_of(tokenizer, row.input_ids) == "[user]do it~[assistant]done~"
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_rows_that_are_cut_or_left_out_are_counted(packing: bool) -> None:
+    told: list[str] = []
+    records = [Record("a", "bcdefgh"), Record("far too long a question", "x"), Record("i", "j")]
+    rows(byte_tokenizer(), records, length=6, count=5, name="x.json", packing=packing, tell=told.append)
+    assert told == ["x.json: 2 of 3 rows were cut at 6 tokens, 1 of them left out: no answer began before"]
+
+
+def test_packing_takes_as_many_records_as_fill_the_rows() -> None:
+    records = [Record("a", "b" * (n % 5)) for n in range(1, 200)]
+    found = rows(byte_tokenizer(), records, length=20, count=7, name="x", packing=True)
+    assert len(found) == 7
+    assert all(len(row.input_ids) <= 20 and len(row.lengths) > 1 for row in found)
+    alone = rows(byte_tokenizer(), records, length=20, count=200, name="x")
+    assert sum(len(row.lengths) for row in found) < len(alone)
+    assert len(rows(byte_tokenizer(), records, length=20, count=200, name="x", packing=True)) < 200
 
 
 def test_load_tokenizer_reads_the_folder(tmp_path: Path) -> None:

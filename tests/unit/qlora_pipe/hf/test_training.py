@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,10 +15,12 @@ import torch
 from tiny import save_tiny_model
 from tiny_models import TinyFolder, byte_rows
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from qlora_pipe.config import Optimisation
 from qlora_pipe.errors import StageError
 from qlora_pipe.events import Reporter
+from qlora_pipe.hf.loss import summed_loss
 from qlora_pipe.hf.model import Model
 from qlora_pipe.hf.training import train, trained_parameters
 
@@ -177,12 +180,36 @@ def test_checkpoints_hold_the_adapter_only(tiny: TinyFolder, tmp_path: Path) -> 
     assert (tmp_path / "checkpoint-6/slots.safetensors").stat().st_size < trained + 8000
 
 
-def test_a_nan_loss_stops_the_run_and_names_the_step(tiny: TinyFolder, tmp_path: Path) -> None:
+def test_a_nan_loss_stops_the_run_and_names_the_step_and_its_rows(tiny: TinyFolder, tmp_path: Path) -> None:
     reporter = Recorder()
-    with pytest.raises(StageError, match=r"the loss is nan at step 2; .*lower the learning rate") as caught:
+    with pytest.raises(StageError, match=r"the loss is nan at step 2, .*lower the learning rate") as caught:
         # A step of this length leaves no finite activation.
         run(tiny.packed(), tmp_path, reporter, learning_rate=1e25, schedule="constant")
     assert reporter.open == 0, f"the progress bar is closed while {caught.type} is on its way"
+    named = re.search(r"on the training rows (\d+), (\d+) \(", str(caught.value))
+    assert named is not None
+    seen: list[list[int]] = []
+
+    def seeing(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
+        seen.extend(batch["input_ids"].tolist())
+        return summed_loss(model, batch)
+
+    given = {"work": tmp_path / "again", "seed": 0, "device": "cpu", "reporter": Recorder(), "loss": seeing}
+    train(tiny.packed(), ROWS, settings(steps=2), **given)
+    for number in map(int, named.groups()):
+        ids = list(ROWS[number].input_ids)
+        assert any(row[: len(ids)] == ids and not any(row[len(ids) :]) for row in seen[2:])
+
+
+def test_step_sizes_that_fall_to_the_floor_are_told_of(tiny: TinyFolder, tmp_path: Path) -> None:
+    reporter, model = Recorder(), tiny.l4q()
+    found, _ = run(model, tmp_path, reporter, step_rate=1.0, steps=2, schedule="constant")
+    assert min(tensor.min() for name, tensor in found.items() if name.endswith(".scale")) == pytest.approx(6.2e-5)
+    (line,) = reporter.lines
+    assert re.fullmatch(r"steps: step sizes were raised .* (\d+) times, most often in model\.layers.*step_rate\)", line)
+    calm = Recorder()
+    run(tiny.l4q(), tmp_path / "calm", calm, step_rate=1e-5, steps=2)
+    assert calm.lines == []
 
 
 def test_a_last_step_that_breaks_the_adapter_is_an_error(tiny: TinyFolder, tmp_path: Path) -> None:
