@@ -11,7 +11,7 @@ from qlora_pipe import datasets
 from qlora_pipe.allocation import read_allocation
 from qlora_pipe.artifacts.manifest import Manifest, digest, file_digest
 from qlora_pipe.artifacts.store import Artifact, Store, Ticket
-from qlora_pipe.config import Config
+from qlora_pipe.config import Config, Optimisation
 from qlora_pipe.config_file import resolved_yaml
 from qlora_pipe.errors import ArtifactError, ConfigError, StageError
 from qlora_pipe.events import Reporter
@@ -68,18 +68,14 @@ def compile_model(
 
     With `start`, earlier stages must be done already and `start` and all after it are made anew. Raises a
     QloraPipeError for everything the user can mend. Artifacts by stage name; of several processes (torchrun), which
-    share the layers of score and decompose, rank 0 alone writes and has them.
+    share the layers of score and decompose and the batches of training, rank 0 alone writes and has them.
     """
     assert config.run is not None
     ranks.start()
-    if ranks.count() > 1 and CHAIN.index(until) > CHAIN.index("decompose"):
-        raise ConfigError(
-            f"expected one process for {until}, found {ranks.count()}; several share score and decompose: run "
-            "decompose with them, and the rest with one"
-        )
+    _check_shares(config, until)
     check_device(config.device)
     if ranks.rank():
-        _work(reporter)
+        _work()
         return {}
     store = Store(Path(config.run))
     with store.lock():
@@ -90,12 +86,33 @@ def compile_model(
         return run.artifacts
 
 
-def _work(reporter: Reporter) -> None:
-    """What every process but rank 0 does: its share of the stages that are shared, until there are no more."""
+def _check_shares(config: Config, until: str) -> None:
+    """Every process makes as many passes in a step of a training that they share; raises ConfigError."""
+    guided, count = config.prune.method == "lora", ranks.count()
+    trained: dict[str, tuple[bool, Optimisation]] = {
+        "refine": (config.refine.enabled, config.refine),
+        "guide": (guided, config.guide),
+        "align": (config.align.enabled, config.align),
+        "train": (True, config.train),
+        "compact": (config.compact.enabled, config.compact),
+    }
+    for name, (used, settings) in trained.items():
+        reached = CHAIN.index("select" if name == "guide" else name) <= CHAIN.index(until)
+        if used and reached and settings.accumulation % count:
+            raise ConfigError(
+                f"{count} processes share the passes of a step: expected {name}.accumulation to be a multiple of "
+                f"{count}, found {settings.accumulation}; raise it, with a lower {name}.batch_size for as many rows a "
+                "step, or start fewer processes"
+            )
+
+
+def _work() -> None:
+    """What every process but rank 0 does: in silence, its share of stages that are shared, until no more come."""
     shared = {stage.name: stage.work for stage in STAGES if stage.work is not None}
-    while (order := ranks.receive()) is not None:
-        name, seen = order
-        shared[name](Context(**seen, reporter=reporter))
+    with open(os.devnull, "w") as nowhere:
+        while (order := ranks.receive()) is not None:
+            name, seen = order
+            shared[name](Context(**seen, reporter=Reporter(stream=nowhere)))
 
 
 @dataclass

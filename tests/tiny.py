@@ -93,7 +93,7 @@ def tiny_settings(folder: Path, **changes: Any) -> dict[str, Any]:
         "evaluate": {"tokens": 200, "length": 64},
     }
     for key, value in changes.items():
-        settings[key] = {**settings[key], **value} if isinstance(value, dict) else value
+        settings[key] = {**settings.get(key, {}), **value} if isinstance(value, dict) else value
     return settings
 
 

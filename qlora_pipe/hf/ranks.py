@@ -1,7 +1,8 @@
-"""Several processes on one run, as torchrun starts them: rank 0 leads and writes, all take shares of the layers."""
+"""Several processes on one run, as torchrun starts them: rank 0 leads and writes, all share layers and batches."""
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
 from typing import Any, TypeVar
 
 from qlora_pipe.errors import ConfigError
@@ -30,7 +31,8 @@ def start() -> None:
         return
     from accelerate import PartialState
 
-    found = PartialState(cpu=True).num_processes
+    # Those that wait for rank 0 do so as long as its longest stage takes.
+    found = PartialState(cpu=True, timeout=timedelta(days=30)).num_processes
     if found != count():
         raise ConfigError(
             f"expected {count()} processes (WORLD_SIZE), found {found}; start them with torchrun --nproc_per_node "
@@ -53,6 +55,24 @@ def receive() -> Any:
     box = [None]
     torch.distributed.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def agree(function: Callable[[], T]) -> T:
+    """What `function` gives on rank 0, on every rank."""
+    if rank():
+        found: T = receive()
+        return found
+    found = function()
+    send(found)
+    return found
+
+
+def wait() -> None:
+    """Until every rank is here."""
+    if count() > 1:
+        import torch.distributed
+
+        torch.distributed.barrier()
 
 
 def share(function: Callable[[T], R], items: Sequence[T]) -> Iterator[R]:

@@ -5,6 +5,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,6 +26,7 @@ from qlora_pipe.artifacts.manifest import file_digest
 from qlora_pipe.config import Optimisation
 from qlora_pipe.errors import StageError
 from qlora_pipe.events import Reporter
+from qlora_pipe.hf import ranks
 from qlora_pipe.hf.loss import summed_loss
 from qlora_pipe.hf.sequences import Row, collate
 from quant.fakequant import MIN_TRAINED_STEP, L4QLinear
@@ -71,12 +73,13 @@ def train(
     """Train every parameter that requires a gradient; returns the log, one {step, loss, ...} per optimiser step.
 
     `loss` is summed over the scored tokens of a batch. Parameters named `scale` or `offset` (L4Q step sizes) learn at
-    `step_rate` and do not decay. Goes on from the last whole checkpoint in `work`. Peak bytes: the model, four fp32
-    copies of the trained parameters (value, gradient, two moments), activations of one batch.
+    `step_rate` and do not decay. Goes on from the last whole checkpoint in `work`. Of several processes each makes its
+    share of the passes of every step (DDP); all call this alike. Peak bytes: the model, four fp32 copies of the trained
+    parameters (value, gradient, two moments), one more for DDP, activations of one batch.
     """
     with ExitStack() as stack:
         trainer = _SlotTrainer(
-            model=model,
+            model=_Objective(model, loss),
             args=_arguments(settings, work, seed, device),
             train_dataset=list(rows),
             data_collator=collate,
@@ -84,8 +87,8 @@ def train(
         )
         trainer.remove_callback(PrinterCallback)
         trainer.step_rate = step_rate
-        trainer.summed, trainer.watch = loss, watch
-        trainer.train(resume_from_checkpoint=_last_whole_checkpoint(work))
+        trainer.watch = watch
+        trainer.train(resume_from_checkpoint=ranks.agree(partial(_last_whole_checkpoint, work)))
     if watch is not None:
         watch.after_last_step()
     _check_finite(model, settings.steps)
@@ -98,7 +101,7 @@ def _arguments(settings: Optimisation, work: Path, seed: int, device: str) -> Tr
         output_dir=str(work),
         max_steps=settings.steps,
         per_device_train_batch_size=settings.batch_size,
-        gradient_accumulation_steps=settings.accumulation,
+        gradient_accumulation_steps=settings.accumulation // ranks.count(),
         learning_rate=settings.learning_rate,
         lr_scheduler_type=settings.schedule,
         warmup_steps=round(settings.warmup * settings.steps),
@@ -118,6 +121,9 @@ def _arguments(settings: Optimisation, work: Path, seed: int, device: str) -> Tr
         seed=seed,
         data_seed=seed,
         remove_unused_columns=False,
+        # All that is trained takes part in every pass; buffers are the packed weights, which nothing changes.
+        ddp_find_unused_parameters=False,
+        ddp_broadcast_buffers=False,
         dataloader_pin_memory=False,
     )
     if arguments.device.type != "cpu":
@@ -126,11 +132,27 @@ def _arguments(settings: Optimisation, work: Path, seed: int, device: str) -> Tr
     return arguments
 
 
+class _Objective(nn.Module):
+    """A model and what is asked of it as one module: what DDP wraps must see the whole forward pass."""
+
+    accepts_loss_kwargs = True
+
+    def __init__(self, model: PreTrainedModel, summed: SummedLoss) -> None:
+        super().__init__()
+        self.model, self._summed = model, summed
+
+    def forward(self, **batch: Tensor) -> Tensor:
+        return self._summed(self.model, batch)
+
+    def activation_checkpointing_enable(self, **options: Any) -> None:
+        self.model.activation_checkpointing_enable(**options)
+
+
 class _SlotTrainer(Trainer):
     """Saves and loads the trained parameters only; the frozen base is on disk already."""
 
+    model: _Objective
     step_rate: float | None = None
-    summed: SummedLoss
     watch: Watch | None = None
     optimizer: torch.optim.Optimizer | None
 
@@ -141,9 +163,10 @@ class _SlotTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Mean over the scored tokens of the whole optimiser step, so that accumulation changes nothing."""
+        """Mean over the scored tokens of the whole optimiser step, so that accumulation changes nothing, and neither
+        do several processes, over which gradients are averaged."""
         count = (inputs["labels"][:, 1:] >= 0).sum() if num_items_in_batch is None else num_items_in_batch
-        loss = self.summed(self.accelerator.unwrap_model(model), inputs) / count
+        loss = model(**inputs) / count * ranks.count()
         if not torch.isfinite(loss):
             numbers = ", ".join(map(str, _numbers(self.train_dataset, inputs["input_ids"])))
             raise StageError(
@@ -169,14 +192,14 @@ class _SlotTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: Mapping[str, Tensor] | None = None) -> None:
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(trained_parameters(self.model), folder / _SLOTS)
+        save_file(trained_parameters(self.model.model), folder / _SLOTS)
         if self.watch is not None:
             save_file(self.watch.state(), folder / _WATCH)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         saved = load_file(Path(resume_from_checkpoint) / _SLOTS)
         with torch.no_grad():
-            for name, tensor in trained_parameters(model or self.model).items():
+            for name, tensor in trained_parameters(self.model.model).items():
                 tensor.copy_(saved[name])
         if self.watch is not None:
             self.watch.load(load_file(Path(resume_from_checkpoint) / _WATCH))
@@ -206,7 +229,7 @@ class _Steps(TrainerCallback):
     ) -> None:
         for name, module in kwargs["model"].named_modules():
             if isinstance(module, L4QLinear):
-                self._raised[name] += module.clamp_steps_()
+                self._raised[name.removeprefix("model.")] += module.clamp_steps_()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._advance()
@@ -221,6 +244,9 @@ class _Steps(TrainerCallback):
             )
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        ranks.wait()  # each process has written its random state
+        if ranks.rank():
+            return
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         files = {path.name: file_digest(path) for path in sorted(folder.iterdir()) if path.name != _WHOLE}
         (folder / _WHOLE).write_text(json.dumps(files))

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from prune.scatter import restrict_adapter
 from qlora_pipe.config import Config
+from qlora_pipe.hf import ranks
 from qlora_pipe.hf.distill import summed_distillation, teacher_targets
 from qlora_pipe.hf.loss import summed_loss
 from qlora_pipe.hf.training import SummedLoss
-from qlora_pipe.stages.base import Context, Stage, computing
+from qlora_pipe.stages.base import Context, Stage, alike, computing
 from qlora_pipe.stages.models import base_layers, pruned_model
 from qlora_pipe.stages.packing import read_factors, write_factors
 from qlora_pipe.stages.train import fit_adapter, training_rows
@@ -35,7 +36,8 @@ def run(context: Context) -> None:
     chosen = training_rows(context, dataset, config.align)
     loss: SummedLoss = summed_loss
     if config.align.teacher == "original":
-        asked = teacher_targets(base_layers(context), chosen, config.align.top, context.work, context.reporter)
+        stream = base_layers(context)
+        asked = ranks.agree(lambda: teacher_targets(stream, chosen, config.align.top, context.work, context.reporter))
         loss = partial(summed_distillation, asked)
     start = _sliced(context) if guided else None
     fit_adapter(context, pruned_model(context, dense=False), chosen, config.align, loss, start)
@@ -75,4 +77,5 @@ STAGE = Stage(
     _settings,
     run,
     lambda config: {"calibration": config.data.calibration} if config.align.enabled else {},
+    work=alike(run),
 )

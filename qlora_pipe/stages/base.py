@@ -2,9 +2,10 @@
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -78,7 +79,17 @@ class Stage:
     run: Callable[[Context], None]
     data: Callable[[Config], dict[str, Dataset]] = lambda config: {}
     work: Callable[[Context], None] | None = None
-    """What other processes do while rank 0 is in `run`, for a stage that shares its layers; see qlora_pipe.hf.ranks."""
+    """What other processes do while rank 0 is in `run`, for a stage that they share; see qlora_pipe.hf.ranks."""
+
+
+def alike(run: Callable[[Context], None]) -> Callable[[Context], None]:
+    """A `Stage.work` for training: all that rank 0 does, and what it writes is thrown away."""
+
+    def work(context: Context) -> None:
+        with TemporaryDirectory(dir=context.work) as out:
+            run(replace(context, out=Path(out)))
+
+    return work
 
 
 def computing(config: Config) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from qlora_pipe.artifacts.tensors import TensorReader
 from qlora_pipe.config import Config
-from qlora_pipe.stages.base import Context, Stage, computing
+from qlora_pipe.stages.base import Context, Stage, alike, computing
 from qlora_pipe.stages.models import Make, compensation, l4q_modules, sliced_base_model
 from qlora_pipe.stages.packing import read_factors, write_factors
 from qlora_pipe.stages.train import fit, strength, task_rows
@@ -100,4 +100,5 @@ STAGE = Stage(
     compact_settings,
     run,
     lambda config: {"task": config.data.task},
+    work=alike(run),
 )

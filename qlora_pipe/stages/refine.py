@@ -9,11 +9,12 @@ from torch import Tensor, nn
 from qlora_pipe import datasets
 from qlora_pipe.architectures import MODULE, linear_name
 from qlora_pipe.config import Config
+from qlora_pipe.hf import ranks
 from qlora_pipe.hf.blocks import tune_blocks
 from qlora_pipe.hf.calibration import batches_of
 from qlora_pipe.hf.loss import summed_divergence
 from qlora_pipe.hf.tokens import load_tokenizer, rows
-from qlora_pipe.stages.base import Context, Stage, computing
+from qlora_pipe.stages.base import Context, Stage, alike, computing
 from qlora_pipe.stages.models import base_layers, base_model, tunable_layers, tunable_model
 from qlora_pipe.stages.packing import read_buffers, write_packed_model
 from qlora_pipe.stages.train import fit, training_rows
@@ -35,7 +36,8 @@ def run(context: Context) -> None:
     history: dict[str, list[dict[str, float]]] = {}
     read: Read = context.reader("decompose").read
     if settings.block_rows:
-        history["blocks"], read = _by_blocks(context)
+        history["blocks"], found = ranks.agree(partial(_by_blocks, context))
+        read = found.__getitem__
     if settings.steps:
         history["steps"], read = _end_to_end(context, read)
     known = context.known
@@ -46,7 +48,7 @@ def run(context: Context) -> None:
     context.write_json("history.json", history)
 
 
-def _by_blocks(context: Context) -> tuple[list[dict[str, float]], Read]:
+def _by_blocks(context: Context) -> tuple[list[dict[str, float]], dict[str, Tensor]]:
     settings, dataset, found = context.config.refine, context.config.data.calibration, dict[str, Tensor]()
     tokens = rows(
         load_tokenizer(context.base),
@@ -70,7 +72,7 @@ def _by_blocks(context: Context) -> tuple[list[dict[str, float]], Read]:
         seed=context.config.seed,
         reporter=context.reporter,
     )
-    return log, found.__getitem__
+    return log, found
 
 
 def _end_to_end(context: Context, read: Read) -> tuple[list[dict[str, float]], Read]:
@@ -103,4 +105,5 @@ STAGE = Stage(
     _settings,
     run,
     lambda config: {"calibration": config.data.calibration} if config.refine.enabled else {},
+    work=alike(run),
 )

@@ -18,7 +18,7 @@ from qlora_pipe.config import Config
 from qlora_pipe.errors import StageError
 from qlora_pipe.hf.ramp import Ramp
 from qlora_pipe.selection import decide, record, scores_to_json, tabulate
-from qlora_pipe.stages.base import Context, Stage, computing
+from qlora_pipe.stages.base import Context, Stage, alike, computing
 from qlora_pipe.stages.models import full_packed_model, packed_map, packed_modules
 from qlora_pipe.stages.train import fit, training_rows, write_adapter
 from qlora_pipe.widths import prunable
@@ -142,4 +142,5 @@ STAGE = Stage(
     _settings,
     run,
     lambda config: {"calibration": config.data.calibration} if config.prune.method == "lora" else {},
+    work=lambda context: alike(run)(context) if context.config.prune.method == "lora" else None,
 )

@@ -15,7 +15,7 @@ from qlora_pipe.hf.model import Model
 from qlora_pipe.hf.sequences import Row
 from qlora_pipe.hf.tokens import load_tokenizer, rows
 from qlora_pipe.hf.training import SummedLoss, Watch, train
-from qlora_pipe.stages.base import Context, Stage, computing
+from qlora_pipe.stages.base import Context, Stage, alike, computing
 from qlora_pipe.stages.models import aligned_model, packed_modules
 from qlora_pipe.stages.packing import write_factors
 from quant.linear import PackedLinear
@@ -124,4 +124,5 @@ STAGE = Stage(
     lambda config: computing(config) | config.train.model_dump(mode="json", exclude={"save_steps"}),
     run,
     lambda config: {"task": config.data.task},
+    work=alike(run),
 )

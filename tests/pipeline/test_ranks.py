@@ -1,4 +1,8 @@
-"""Two processes under torchrun make the same bytes as one, and refuse what they do not share."""
+"""Two processes under torchrun make the same bytes as one, and refuse what they cannot share.
+
+Trained values too: a step has two passes here, and a sum of two gradients has no order. More passes would agree to
+rounding.
+"""
 
 import json
 import os
@@ -13,6 +17,7 @@ from qlora_pipe.artifacts.manifest import read_manifest
 from qlora_pipe.compile import compile_model
 from qlora_pipe.config_file import load
 from qlora_pipe.events import Reporter
+from qlora_pipe.known import CHAIN
 from qlora_pipe.verify import verify_path
 
 
@@ -21,7 +26,8 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ranks")
     save_tiny_model(folder / "model", num_hidden_layers=3)
     save_texts(folder)
-    return save_settings(folder)
+    shared = {"accumulation": 2, "batch_size": 1}
+    return save_settings(folder, train=shared, compact=shared, refine={**shared, "enabled": True, "steps": 2})
 
 
 def torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -32,20 +38,22 @@ def torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_two_processes_make_the_bytes_of_one(config: Path) -> None:
+def test_two_processes_make_what_one_makes(config: Path) -> None:
     alone, together = config.parent / "alone", config.parent / "together"
-    compile_model(load(config, (f"run={alone}",)), Reporter(json_lines=True), until="decompose")
-    done = torchrun("decompose", str(config), "--set", f"run={together}", "--log-json")
+    compile_model(load(config, (f"run={alone}",)), Reporter(json_lines=True), until="recover")
+    done = torchrun("recover", str(config), "--set", f"run={together}", "--log-json")
     assert done.returncode == 0, done.stderr
-    for stage in ("calibrate", "score", "allocate", "decompose"):
-        assert read_manifest(together / stage).files == read_manifest(alone / stage).files
+    for stage in CHAIN[: CHAIN.index("recover") + 1]:
+        assert read_manifest(together / stage).files == read_manifest(alone / stage).files, stage
     list(verify_path(together))
     # One rank speaks, so every stage is told of once.
     made = [json.loads(line) for line in done.stderr.splitlines() if line.startswith('{"time"')]
-    assert [event["stage"] for event in made if event["event"] == "made"].count("score") == 1
+    stages = [event["stage"] for event in made if event["event"] == "made"]
+    assert len(stages) == len(set(stages))
+    assert {"score", "refine", "train", "compact", "recover"} <= set(stages)
 
 
-def test_stages_that_are_not_shared_are_refused(config: Path) -> None:
-    refused = torchrun("prune", str(config), "--set", f"run={config.parent / 'refused'}")
+def test_passes_that_cannot_be_shared_are_refused(config: Path) -> None:
+    refused = torchrun("run", str(config), "--set", f"run={config.parent / 'refused'}", "--set", "train.accumulation=3")
     assert refused.returncode != 0
-    assert "expected one process for prune, found 2" in refused.stderr
+    assert "expected train.accumulation to be a multiple of 2, found 3" in refused.stderr
