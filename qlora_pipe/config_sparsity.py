@@ -70,12 +70,16 @@ class PrunedEntries(Section):
             return self
         neutral = {name: field.default for name, field in type(self).model_fields.items()}
         neutral |= {"kv_ratio": 0.0, "ffn_ratio": 0.0}
-        for name, value in neutral.items():
-            if name not in ("sparsity", "preset") and getattr(self, name) != value:
-                raise ValueError(
-                    f"{name} is about whole groups, and sparsity about single entries: leave {name} out, or set "
-                    "sparsity.pattern to none"
-                )
+        given = [
+            name
+            for name, value in neutral.items()
+            if name not in ("sparsity", "preset") and getattr(self, name) != value
+        ]
+        if given:
+            raise ValueError(
+                f"sparsity takes single entries, and about whole groups are {', '.join(given)}: leave them out, or set "
+                "sparsity.pattern to none"
+            )
         return self
 
 

@@ -284,7 +284,7 @@ def test_what_cannot_be_is_told(folder: Path, tmp_path: Path, monkeypatch: pytes
     ):
         with pytest.raises(ConfigError, match=message):
             load(folder / "tiny.yaml", (*overrides("2:4"), *more))
-    with pytest.raises(ConfigError, match="align is about whole groups"):
+    with pytest.raises(ConfigError, match="about whole groups are align: leave them out"):
         load(folder / "tiny.yaml", (*overrides("2:4"), "prune.align=32"))
     read = TensorReader.read
 
