@@ -103,6 +103,16 @@ def counts_without(shape: LayerShape, parameters: int, align: int, biased: Colle
     return -kv_heads, ffn
 
 
+def masked_count(rows: int, columns: int, ratio: float) -> int:
+    """Entries of a [rows, columns] matrix that go at ``ratio``, never more than that share.
+
+    Raises RatioError when the ratio is outside [0, 1).
+    """
+    if not 0 <= ratio < 1:
+        raise RatioError(f"a pruning ratio must be in [0, 1), found {ratio}")
+    return math.floor(exact_ratio(ratio) * rows * columns)
+
+
 def exact_ratio(ratio: float) -> Fraction:
     """The decimal a float prints as; binary rounding of 0.55 must not move a floor or a ceiling."""
     return Fraction(str(float(ratio)))

@@ -11,6 +11,7 @@ from pydantic import Field, field_validator, model_validator
 from qlora_pipe.config_data import Data
 from qlora_pipe.config_decompose import Decompose
 from qlora_pipe.config_section import Count, Fraction, Positive, Rate, Section
+from qlora_pipe.config_sparsity import PrunedEntries, check_chain, is_sparse
 from qlora_pipe.errors import ConfigError
 from qlora_pipe.units import parse_bytes
 
@@ -43,8 +44,8 @@ class Calibrate(Section):
 _LORAM = {"rounding": "loram", "protect_first": 4, "protect_last": 2}
 
 
-class Prune(Section):
-    """Whole KV groups (with their query heads) and FFN channels."""
+class Prune(PrunedEntries):
+    """Whole KV groups (with their query heads) and FFN channels, or single entries."""
 
     method: Literal["activation", "wanda", "flap", "taylor", "lora", "magnitude", "random"] = Field(
         "activation",
@@ -67,14 +68,18 @@ class Prune(Section):
         "aligned", description="of nominal ratios; loram: as LoRAM counts heads and channels, to the digit, unaligned"
     )
     preset: Literal["loram"] | None = Field(
-        None, description="other defaults; loram: its rounding, the first four and the last two layers protected"
+        None,
+        description="other defaults; loram: its rounding, the first four and the last two layers protected; with "
+        "sparsity nothing, as there LoRAM protects none",
     )
     time_limit: Rate = Field(60.0, description="most seconds spent on proving allocated widths optimal")
 
     @model_validator(mode="before")
     @classmethod
     def _as_preset(cls, value: Any) -> Any:
-        return _LORAM | value if isinstance(value, dict) and value.get("preset") == "loram" else value
+        if not isinstance(value, dict) or value.get("preset") != "loram" or is_sparse(value):
+            return value
+        return _LORAM | value
 
     @model_validator(mode="after")
     def _rounding_is_of_one_nominal_ratio(self) -> "Prune":
@@ -98,7 +103,7 @@ class Prune(Section):
 
     @property
     def removes(self) -> bool:
-        """Whether anything goes."""
+        """Whether any structure goes."""
         return bool(self.kv_ratio or self.ffn_ratio if self.ratio is None else self.ratio)
 
 
@@ -261,6 +266,17 @@ class Config(Section):
         """Whether the integer model's adapter is put at the full model's shapes: not if slot C, which belongs to the
         small model alone, is part of it."""
         return self.compact.enabled and not (self.compensates and self.compact.warm_start)
+
+    @model_validator(mode="after")
+    def _zeros_stay_zero(self) -> "Config":
+        check_chain(
+            self.prune.sparsity,
+            covariance=self.calibrate.covariance,
+            compact=self.compact.enabled,
+            refine=self.refine.enabled,
+            grids=self.decompose.grids,
+        )
+        return self
 
     @model_validator(mode="after")
     def _small_has_equal_widths(self) -> "Config":

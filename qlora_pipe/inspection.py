@@ -122,8 +122,10 @@ def _describe_artifact(folder: Path) -> str:
         specs = {name: where.spec for name, where in read_folder(folder / place, stem).items()}
         parts.append(render((f"tensor in {place}{stem}", "dtype", "shape", "count", "bytes"), fold(specs)))
     if manifest.stage == "select":
-        parts.append(render(("selection", ""), selection_rows(_read(folder / "selection.json")), text_columns=2))
-        parts.append(_describe_kept(kept_counts(_read(folder / "kept.json"))))
+        selection = _read(folder / "selection.json")
+        parts.append(render(("selection", ""), selection_rows(selection), text_columns=2))
+        if "sparsity" not in selection:
+            parts.append(_describe_kept(kept_counts(_read(folder / "kept.json"))))
     if manifest.stage == "allocate":
         parts.append(_describe_choices(_read(folder / "allocation.json")["choices"].values()))
     return "\n\n".join(parts)

@@ -13,7 +13,9 @@ from qlora_pipe.architectures import Architecture, linear_name
 from qlora_pipe.artifacts.layout import DTYPE_BYTES, SHARD_BYTES, entry_bytes, folder_files
 from qlora_pipe.config import Config
 from qlora_pipe.errors import ConfigError
+from qlora_pipe.reading import read_by
 from qlora_pipe.rules import Narrowed, narrow
+from qlora_pipe.sparsity import check_divides
 from qlora_pipe.units import parse_budget
 from qlora_pipe.widths import narrowed, offered, prunable, small_architecture
 from quant.exceptions import ShapeError
@@ -74,7 +76,9 @@ class Known:
 
     @property
     def small_allocation(self) -> Allocation:
-        """What pruning makes of the allocation: rows are gone, so superblocks across rows are."""
+        """What pruning makes of the allocation: where rows are gone, superblocks across rows are."""
+        if self.config.prune.sparsity.enabled:
+            return self.allocation
         return {name: choice.sliced() for name, choice in self.allocation.items()}
 
     def with_allocation(self, allocation: Allocation) -> "Known":
@@ -149,6 +153,8 @@ class Known:
             return {"model": self.decomposed()}
         if stage == "select" and config.prune.method == "lora":
             return {"adapter": layouts.adapter(self.architecture, config.align.rank)}
+        if stage == "select" and config.prune.sparsity.enabled:
+            return {"masks": layouts.masks(self.architecture)}
         if stage == "prune":
             return {"model": self.pruned()}
         if stage == "align" and config.compensates:
@@ -184,34 +190,7 @@ class Known:
 
     def reads(self, stage: str) -> int:
         """Bytes of weights that a stage reads, each file counted once."""
-        return sum(self._weight_bytes(name) for name in self._reads(stage))
-
-    def _reads(self, stage: str) -> tuple[str, ...]:
-        """Whose weights a stage reads; `source` stands for the original model."""
-        compact = ("compact",) if self.config.compact.enabled else ()
-        deployed = (self.full_packed,) if self.config.recover.base == "decomposed" else ()
-        small = ("prune", "align") if self.config.compensates else ("prune",)
-        trained = compact or (*small, "train")
-        moments = () if self.config.prune.method in ("lora", "magnitude", "random") else ("calibrate",)
-        guided = ("select",) if self.config.prune.method == "lora" else ()
-        teacher = ("source",) if self.config.align.teacher == "original" else ()
-        aligning = ("prune", *teacher) if self.config.align.enabled else ()
-        found: dict[str, tuple[str, ...]] = {
-            "source": ("source",),
-            "calibrate": ("source",),
-            "score": ("source", "calibrate"),
-            "decompose": ("source", "calibrate"),
-            "refine": ("source", "decompose") if self.config.refine.enabled else (),
-            "select": (self.full_packed, *moments),
-            "prune": (self.full_packed,),
-            "align": (*guided, *aligning),
-            "train": small,
-            "compact": ("source", *small[1:], "train") if compact else (),
-            "recover": ("source", *small, "train", *compact, *deployed),
-            "export": ("source", "recover", *trained, *deployed),
-            "evaluate": ("source", self.full_packed, *small, "train", *compact, "recover"),
-        }
-        return found.get(stage, ())
+        return sum(self._weight_bytes(name) for name in read_by(stage, self.config, self.full_packed))
 
     def _weight_bytes(self, stage: str) -> int:
         return self.base_bytes() if stage == "source" else sum(self.files(stage).values())
@@ -268,6 +247,7 @@ def allowed(architecture: Architecture, config: Config) -> Narrowed:
 def check_shapes(architecture: Architecture, config: Config) -> None:
     """Everything that can be refused from shapes alone; raises ConfigError."""
     allowed(architecture, config)
+    check_divides(architecture, config.prune.sparsity)
     small = small_architecture(architecture, config.prune)
     if config.align.enabled and config.align.teacher != "none" and config.align.top > architecture.vocab:
         raise ConfigError(f"align.top {config.align.top} is more than the {architecture.vocab} tokens of the model")

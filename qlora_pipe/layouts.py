@@ -59,6 +59,14 @@ def packed(name: str, shape: PackedShape) -> Tensors:
     }
 
 
+def masks(architecture: Architecture) -> Tensors:
+    """A bit for every entry of every linear map, rows [out] padded to whole bytes; see `prune.sparse.pack_mask`."""
+    return {
+        f"{name}.mask": TensorSpec("U8", (rows, -(-columns // 8)))
+        for name, (rows, columns) in architecture.linear_shapes().items()
+    }
+
+
 def decomposed(
     architecture: Architecture, dtypes: Mapping[str, str], allocation: Mapping[str, Choice], embeddings: str
 ) -> Tensors:

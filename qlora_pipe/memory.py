@@ -76,7 +76,7 @@ def _work(stage: str, known: Known) -> _Work:
         trained = layouts.tensor_bytes(known.decomposed()) + _TRAINED_COPIES * slot
         return _Work(trained + _batch(known, full, config.align.rank, config.guide) + matrix, stream)
     if stage in ("select", "prune"):
-        return _Work(0, max(matrix, stream))
+        return _Work(0, max(matrix + _masking(known), stream))
     if stage == "refine" and config.refine.enabled:
         return _Work(_refinement(known), stream)
     compensation = layouts.tensor_bytes(known.compensation()) if config.compensates else 0
@@ -165,6 +165,15 @@ def _covariances(known: Known) -> int:
         passing = 2 * 8 + orders * _FLOAT if settings.rounding == "feedback" else 0
         largest = max(largest, (2 * _FLOAT + passing) * width**2)
     return largest
+
+
+def _masking(known: Known) -> int:
+    """Of the widest input, where single entries go: its covariance and the one before or being unpacked, and three
+    float64 matrices of its inverse or factorisation."""
+    if not known.config.prune.sparsity.enabled:
+        return 0
+    widest = max(columns for _, columns in known.architecture.linear_shapes().values())
+    return (2 * _FLOAT + 3 * 8) * widest**2
 
 
 def _dense(known: Known, architecture: Architecture) -> int:

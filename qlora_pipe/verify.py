@@ -23,6 +23,7 @@ from qlora_pipe.inspection import plural, stages_of, weight_sets
 from qlora_pipe.known import CHAIN
 from qlora_pipe.selection import recheck as recheck_selection
 from qlora_pipe.units import format_bytes
+from qlora_pipe.verify_sparse import check_masks, check_zeros
 from quant.pack import pack, unpack
 from quant.storage import Choice
 from solver import SolverError
@@ -193,6 +194,9 @@ def _check_selection(folder: Path) -> None:
     kept, body = _kept(folder), _read(folder / "selection.json")
     if body["index_map"] != kept.digest():
         raise ArtifactError(f"{folder / 'selection.json'}: it is about another index map than kept.json; {_AGAIN}")
+    if "sparsity" in body:
+        check_masks(folder, body, kept)
+        return
     try:
         recheck_selection(_read(folder / "scores.json"), _read(folder / "table.json"), body, kept)
     except SolverError as error:
@@ -207,7 +211,7 @@ def _check_selected(run: Path) -> None:
 
 
 def _check_sliced(run: Path) -> None:
-    """Every sliced matrix has the rows that kept.json says."""
+    """Every sliced matrix has the rows that kept.json says, and zeros where masks do."""
     kept = _kept(run / "select")
     reader = TensorReader(run / "prune")
     for layer in range(len(kept.layers)):
@@ -216,6 +220,8 @@ def _check_sliced(run: Path) -> None:
             expected, found = len(kept.kept_indices(layer, role)), reader.locations[name].spec.shape[0]
             if found != expected:
                 raise ArtifactError(f"{run / 'prune'}: {name} has {found} rows, kept.json keeps {expected}; {_AGAIN}")
+    if "sparsity" in _read(run / "select" / "selection.json"):
+        check_zeros(run, kept, _read(run / "allocate" / "allocation.json"))
 
 
 def _check_recovery(folder: Path) -> None:

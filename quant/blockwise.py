@@ -150,7 +150,7 @@ def encode_block(values: Tensor, scale: Tensor, levels: Tensor, zero: Tensor | N
     divide, one column a block included. Peak: the result plus a few MB. Raises ShapeError when they do not divide.
     """
     rows, columns = values.shape
-    _check_blocks(scale, values)
+    check_blocks(scale, values)
     blocks, divisors = scale.shape[1], divisor(scale).unsqueeze(-1)
     codes = torch.empty(rows, columns, dtype=torch.uint8, device=values.device)
     step = max(1, _CHUNK // columns)
@@ -172,7 +172,7 @@ def dequantize(codes: Tensor, scale: Tensor, levels: Tensor, zero: Tensor | None
     the columns.
     """
     rows, columns = codes.shape
-    _check_blocks(scale, codes)
+    check_blocks(scale, codes)
     flat = codes.reshape(-1)
     # Two neighbouring codes read as one index halve the look-ups; at 8 bits the table of pairs would outgrow
     # the cache, and for few codes it costs more than it saves.
@@ -199,6 +199,17 @@ def rebuild(quantized: BlockQuantized, choice: Choice) -> Tensor:
     return dequantize(quantized.codes, scales(quantized.scales, choice), quantized.levels, quantized.zero)
 
 
+def zero_codes(levels: Tensor, zero: Tensor | None) -> Tensor:
+    """The code whose weight is exactly zero at every scale: `zero`, uint8 [rows, blocks], where a block has its own,
+    else that of the level 0, [1, 1]. Raises QuantError if no level is 0, as after levels were tuned."""
+    if zero is not None:
+        return zero
+    found = (levels == 0).nonzero()
+    if not len(found):
+        raise QuantError("no level stands for an exact zero; take levels that were not tuned, or an integer grid")
+    return found[:1].to(torch.uint8)
+
+
 @lru_cache(maxsize=16)
 def _pair_index(count: int, device: torch.device) -> Tensor:
     """int32 [2 * pairs]: the two codes, each below `count`, behind every value of a pair read as int16."""
@@ -212,7 +223,8 @@ def divisor(scale: Tensor) -> Tensor:
     return torch.where(scale == 0, float("inf"), scale)
 
 
-def _check_blocks(scale: Tensor, like: Tensor) -> None:
+def check_blocks(scale: Tensor, like: Tensor) -> None:
+    """Raises ShapeError unless `scale` is [rows, blocks] of a matrix of the shape of `like`."""
     rows, columns = like.shape
     if scale.dim() != 2 or scale.shape[0] != rows or scale.shape[1] < 1 or columns % scale.shape[1]:
-        raise ShapeError(f"scale {list(scale.shape)} does not fit codes {list(like.shape)}")
+        raise ShapeError(f"scale {list(scale.shape)} does not fit {list(like.shape)}")

@@ -219,6 +219,35 @@ def compensated(
     return result, errors, left
 
 
+def round_masked(
+    weight: Tensor,
+    covariance: Tensor,
+    mask: Tensor,
+    scale: Tensor,
+    levels: Tensor,
+    zero: Tensor | None,
+    *,
+    order: Sequence[int],
+    damping: float,
+) -> Tensor:
+    """Q, float64 [out, in], of `weight` [out, in] under the scale and zero of every entry, [out, in] each: zero where
+    `mask`, else the nearest level to what minimises ``tr(E H E^T)`` given the errors so far, solved for one column at a
+    time."""
+    weight, hessian = weight.double(), covariance.double()
+    hessian = hessian + damping * hessian.diagonal().mean() * torch.eye(len(hessian))
+    result = torch.zeros_like(weight)
+    for step, column in enumerate(order):
+        fixed, rest = list(order[:step]), list(order[step:])
+        pull = hessian[fixed][:, rest] @ torch.linalg.inv(hessian[rest][:, rest])
+        now = weight[:, column] + ((weight - result)[:, fixed] @ pull)[:, 0]
+        shift = 0.0 if zero is None else zero[:, column].double()
+        size = scale[:, column].double()
+        ratio = torch.where(size != 0, now / size, 0.0) + shift
+        found = size * (levels.double()[encode(ratio, levels).long()] - shift)
+        result[:, column] = torch.where(mask[:, column], 0.0, found)
+    return result
+
+
 def _second_level(stored: Tensor, choice: Choice, least: float) -> Callable[[Any, Any], tuple[Tensor, Tensor]]:
     """Maximum and offset for blocks of the stored matrix, by row and block: a quarter of room above the largest, and
     from the smallest down to `least` times it."""

@@ -6,6 +6,7 @@ as integers, along either axis of the stored blocks, most important columns firs
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -14,10 +15,12 @@ from quant.blockwise import (
     BlockQuantized,
     best_scale,
     block_range,
+    check_blocks,
     check_weight,
     divisor,
     levels_for,
     range_scale,
+    zero_codes,
 )
 from quant.exceptions import NonFiniteError, QuantError, ShapeError
 from quant.scales import StoredScales, decode_scale, encode_scale, quantize_scales
@@ -148,27 +151,112 @@ def quantize_compensated(
     NonFiniteError as `quantize`.
     """
     check_weight(weight)
-    expected = None if transposed else choice.block_size
+    _check_order(weight, passing, None if transposed else choice.block_size)
+    levels = levels_for(choice, levels, multiples).to(weight.device)
+    rounder = _Rounder(weight.T.contiguous() if transposed else weight, choice, levels, multiples)
+    _round_columns(weight, passing, rounder, choice.block_size, transposed)
+    return rounder.result()
+
+
+@torch.no_grad()
+def round_masked(
+    weight: Tensor,
+    passing: Feedback,
+    mask: Tensor,
+    scale: Tensor,
+    levels: Tensor,
+    zero: Tensor | None = None,
+    *,
+    transposed: bool = False,
+) -> Tensor:
+    """Codes of fp32 `weight` [out, in] under given scales, with exact zeros where `mask`, bool [out, in], is True, so
+    that ``tr(E H E^T)`` is small, H the covariance behind `passing`: columns make up for zeros as for rounding.
+
+    uint8, of the stored orientation as in `quantize_compensated`, as are `scale` fp32 [rows, blocks] and `zero` uint8
+    [rows, blocks] or None; `levels` fp32 [2**bits]. Peak: two fp32 copies of `weight` beside it and two bytes a weight.
+    Raises ShapeError for shapes that do not fit, NonFiniteError, QuantError where no code stands for zero.
+    """
+    check_weight(weight)
+    if mask.dtype != torch.bool or mask.shape != weight.shape:
+        raise ShapeError(f"expected a mask bool {list(weight.shape)}, got {mask.dtype} {list(mask.shape)}")
+    stored = weight.T if transposed else weight
+    check_blocks(scale, stored)
+    if zero is not None and zero.shape != scale.shape:
+        raise ShapeError(f"zero {list(zero.shape)} does not fit scale {list(scale.shape)}")
+    if not bool(torch.isfinite(torch.stack(torch.aminmax(weight))).all()):
+        raise NonFiniteError("weight holds NaN or infinity")
+    size = stored.shape[1] // scale.shape[1]
+    _check_order(weight, passing, None if transposed else size)
+    rounder = _Masked(mask.T if transposed else mask, scale, levels, zero)
+    _round_columns(weight, passing, rounder, size, transposed)
+    return rounder.codes
+
+
+class _Codes(Protocol):
+    """What gives codes to the columns of a matrix, and says what these stand for."""
+
+    def fix_scales(self, values: Tensor, block: int) -> None: ...
+
+    def column(self, values: Tensor, column: int) -> Tensor: ...
+
+    def row(self, values: Tensor, row: int) -> Tensor: ...
+
+
+def _check_order(weight: Tensor, passing: Feedback, expected: int | None) -> None:
     if passing.block != expected:
         raise ShapeError(f"rounding order keeps blocks of {passing.block} together, expected {expected}")
     if passing.order.shape != (weight.shape[1],):
         raise ShapeError(f"covariance of {len(passing.order)} inputs does not fit {list(weight.shape)}")
-    levels = levels_for(choice, levels, multiples).to(weight.device)
-    rounder = _Rounder(weight.T.contiguous() if transposed else weight, choice, levels, multiples)
+
+
+def _round_columns(weight: Tensor, passing: Feedback, rounder: _Codes, block_size: int, transposed: bool) -> None:
+    """Let `rounder` round one column of `weight` after the other, each with the corrections of all before it."""
     columns = weight[:, passing.order].T.contiguous()  # [in, out]: a column to round is a contiguous row
-    span = choice.block_size if not transposed else _LAZY
+    span = block_size if not transposed else _LAZY
     for start in range(0, len(columns), span):
         part = slice(start, start + span)
         chosen, root = passing.order[part], passing.root[part, part]
         values, errors = columns[part], torch.empty_like(columns[part])
         if not transposed:
-            rounder.fix_scales(values.T, int(chosen.min()) // choice.block_size)
+            rounder.fix_scales(values.T, int(chosen.min()) // block_size)
         for index, column in enumerate(chosen.tolist()):
             found = rounder.row(values[index], column) if transposed else rounder.column(values[index], column)
             errors[index] = (values[index] - found) / root[index, index]
             values[index + 1 :].addr_(root[index, index + 1 :], errors[index], alpha=-1)
         columns[start + span :].addmm_(passing.root[part, start + span :].T, errors, alpha=-1)
-    return rounder.result()
+
+
+class _Masked:
+    """Codes of a stored matrix whose scales are given, filled in any order; those of masked entries stand for zero."""
+
+    def __init__(self, mask: Tensor, scale: Tensor, levels: Tensor, zero: Tensor | None) -> None:
+        self.codes = torch.empty(mask.shape, dtype=torch.uint8, device=mask.device)
+        self._mask, self._levels, self._scale = mask, levels, scale
+        self._midpoints = (levels[1:] + levels[:-1]) / 2
+        self._gone = zero_codes(levels, zero).expand_as(scale)
+        self._zero = None if zero is None else zero.float()
+        self._block = 0
+
+    def fix_scales(self, values: Tensor, block: int) -> None:
+        """The block of the columns that come next."""
+        self._block = block
+
+    def column(self, values: Tensor, column: int) -> Tensor:
+        """Round one column [rows] of that block; what is stored for it, fp32 [rows]."""
+        place = slice(None), self._block
+        zero = None if self._zero is None else self._zero[place]
+        codes, found = _nearest(values, self._scale[place], zero, self._levels, self._midpoints)
+        gone = self._mask[:, column]
+        self.codes[:, column] = torch.where(gone, self._gone[place], codes)
+        return found.masked_fill_(gone, 0)
+
+    def row(self, values: Tensor, row: int) -> Tensor:
+        """Round one stored row [columns], blocks along it; what is stored for it, fp32 [columns]."""
+        scale, zero = self._scale[row][:, None], None if self._zero is None else self._zero[row][:, None]
+        codes, found = _nearest(values.view(len(scale), -1), scale, zero, self._levels, self._midpoints)
+        gone = self._mask[row].view_as(codes)
+        self.codes[row] = torch.where(gone, self._gone[row][:, None], codes).view(-1)
+        return found.masked_fill_(gone, 0).view(-1)
 
 
 class _Rounder:
@@ -199,7 +287,8 @@ class _Rounder:
 
     def column(self, values: Tensor, column: int) -> Tensor:
         """Round one column [rows] of the block whose scales are fixed; what is stored for it, fp32 [rows]."""
-        codes, found = self._nearest(values, self._scale, self._zero)
+        zero = None if self.zero is None else self._zero
+        codes, found = _nearest(values, self._scale, zero, self.levels, self._midpoints)
         self.codes[:, column] = codes
         return found
 
@@ -210,23 +299,11 @@ class _Rounder:
         coded = encode_scale(wanted, stored, self.choice)
         scale = decode_scale(coded, stored, self.choice).T
         blocks = values.view(len(scale), -1)
-        codes, found = self._nearest(blocks, scale, scale if zero is None else zero.T.float())
+        codes, found = _nearest(blocks, scale, None if zero is None else zero.T.float(), self.levels, self._midpoints)
         self.codes[row], self.stored.values[row] = codes.view(-1), coded[0]
         if self.zero is not None and zero is not None:
             self.zero[row] = zero[0]
         return found.view(-1)
-
-    def _nearest(self, values: Tensor, scale: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:
-        """What `encode_block` and `dequantize` find, without their preparations, which pay for a matrix only: codes
-        int32 and the fp32 values they stand for; `zero` counts on the grid "uint"."""
-        normalised = values / divisor(scale)
-        if self.zero is not None:
-            normalised += zero
-        codes = torch.bucketize(normalised, self._midpoints, out_int32=True)
-        found = self.levels.index_select(0, codes.view(-1)).view_as(values)
-        if self.zero is not None:
-            found -= zero
-        return codes, found.mul_(scale)
 
     def _row_scales(self, row: int) -> StoredScales:
         """The second level of one row, as if the row were the matrix."""
@@ -241,6 +318,21 @@ class _Rounder:
 
     def result(self) -> BlockQuantized:
         return BlockQuantized(self.codes, self.levels, self.stored, self.zero)
+
+
+def _nearest(
+    values: Tensor, scale: Tensor, zero: Tensor | None, levels: Tensor, midpoints: Tensor
+) -> tuple[Tensor, Tensor]:
+    """What `encode_block` and `dequantize` find, without their preparations, which pay for a matrix only: codes int32
+    and the fp32 values they stand for."""
+    normalised = values / divisor(scale)
+    if zero is not None:
+        normalised += zero
+    codes = torch.bucketize(normalised, midpoints, out_int32=True)
+    found = levels.index_select(0, codes.view(-1)).view_as(values)
+    if zero is not None:
+        found -= zero
+    return codes, found.mul_(scale)
 
 
 def _order(diagonal: Tensor, block: int | None) -> Tensor:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from qlora_pipe import sparsity
 from qlora_pipe.artifacts.manifest import Manifest, read_manifest
 from qlora_pipe.config_yaml import parse_yaml
 from qlora_pipe.errors import ArtifactError, ConfigError
@@ -16,7 +17,7 @@ from quant.storage import Choice
 MODELS = {
     "base": "the original model",
     "decomposed": "quantised plus low rank, full shape",
-    "pruned": "the same with groups removed",
+    "pruned": "the same with groups removed, or zeros",
     "aligned": "pruned, made up for on generic text",
     "trained-small": "the small model with the task's adapter",
     "compact": "small integer model, as trained",
@@ -164,6 +165,8 @@ def kept_counts(record: Mapping[str, Any]) -> tuple[Kept, ...]:
 
 def selection_rows(body: Mapping[str, Any]) -> list[tuple[str, str]]:
     """(what, figure) of selection.json: how much goes, by which scores, and the certificate if widths were solved."""
+    if "sparsity" in body:
+        return sparsity.rows(body)
     nominal, proof = body["nominal"], body["certificate"]
     asked = "" if body["ratio"] is None else f", at least {100 * body['ratio']:g} % asked for"
     rows = [

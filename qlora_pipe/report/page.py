@@ -91,7 +91,9 @@ def kept_sentence(facts: Facts) -> str:
         return ""
     first = facts.kept[0]
     about = dict(selection_rows(facts.selection)) if facts.selection else {}
-    figures = "".join(f" {name.capitalize()}: {text}." for name, text in about.items())
+    figures = "".join(f" {name[0].upper()}{name[1:]}: {text}." for name, text in about.items())
+    if facts.selection and "sparsity" in facts.selection:
+        return f"Every layer keeps its shape, and single entries are zero.{figures}"
     if len(set(facts.kept)) == 1:
         return (
             f"Every layer keeps {first.kv_heads} of {first.all_kv_heads} KV groups and "

@@ -46,7 +46,8 @@ def run(context: Context) -> None:
         read = _integers(context) if config.compact.enabled else _small(context)
         _dense(context, "small", read, small_config(base_config, known.small))
         slots = "adapters" if config.compensates else "adapter"
-        trained = "L4Q integers, dequantised" if config.compact.enabled else f"Q + L1 L2 + {slots}"
+        quantised = "sparse Q" if config.prune.sparsity.enabled else "Q"
+        trained = "L4Q integers, dequantised" if config.compact.enabled else f"{quantised} + L1 L2 + {slots}"
         exported["small"] = {"weights": trained, "dtype": config.export.dtype}
     context.write_json("export.json", exported)
 

@@ -39,8 +39,10 @@ class Moments:
 
     def passing(self, layer: int, role: str, choices: Iterable[Choice]) -> dict[int | None, Feedback] | None:
         """How errors are passed on, by the columns that stay together in each of `choices`; None: they are not."""
-        if self.settings.rounding == "nearest":
-            return None
+        return None if self.settings.rounding == "nearest" else self.feedback(layer, role, choices)
+
+    def feedback(self, layer: int, role: str, choices: Iterable[Choice]) -> dict[int | None, Feedback]:
+        """The same however `decompose` rounds."""
         covariance = self.covariance(layer, role)
         transposed = PRUNED_AXIS[role] == "columns"
         for block in {None if transposed else choice.block_size for choice in choices} - set(self._feedback):

@@ -1,4 +1,4 @@
-"""select: score KV groups and FFN channels by the effective weights, and decide which of them stay."""
+"""select: score KV groups and FFN channels by the effective weights, and decide which stay; or which entries do."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -20,6 +20,7 @@ from qlora_pipe.hf.ramp import Ramp
 from qlora_pipe.selection import decide, record, scores_to_json, tabulate
 from qlora_pipe.stages.base import Context, Stage, alike, computing
 from qlora_pipe.stages.models import full_packed_model, packed_map, packed_modules
+from qlora_pipe.stages.sparse import select_masks
 from qlora_pipe.stages.train import fit, training_rows, write_adapter
 from qlora_pipe.widths import prunable
 
@@ -29,8 +30,11 @@ Weight = Callable[[str], Tensor]
 
 def run(context: Context) -> None:
     """Peak bytes: one layer's packed tensors and one dense matrix of it; with the method lora the packed model, slot C
-    with its optimiser state, activations of one batch and one dense matrix."""
+    with its optimiser state, activations of one batch and one dense matrix; of single entries as `select_masks`."""
     settings, architecture = context.config.prune, context.known.architecture
+    if settings.sparsity.enabled:
+        select_masks(context)
+        return
     try:
         scores = _guided(context) if settings.method == "lora" else _scores(context)
         table = tabulate(scores, architecture, settings)
@@ -126,8 +130,10 @@ def _told(body: Mapping[str, Any]) -> str:
 
 
 def _settings(config: Config) -> dict[str, Any]:
+    if config.prune.sparsity.enabled:
+        return {"sparsity": config.prune.sparsity.model_dump(mode="json")}
     # A preset is what it stands for, and the solver's time is not spent on uniform widths.
-    left_out = {"preset"} if config.prune.widths == "allocated" else {"preset", "time_limit"}
+    left_out = {"preset", "sparsity"} | ({"time_limit"} if config.prune.widths == "uniform" else set())
     found = {"seed": config.seed} | config.prune.model_dump(mode="json", exclude=left_out)
     if config.prune.method == "lora":
         slot = {"rank": config.align.rank, "alpha": config.align.alpha}

@@ -33,13 +33,21 @@ SMALL = "export.small=false"
 PROTECTED = (SMALL, "prune.protect_first=1")
 ALLOCATED = (SMALL, "prune.ratio=0.2", "prune.widths=allocated")
 INT8 = "decompose.embeddings=int8"
+SPARSE = (
+    "prune.kv_ratio=0",
+    "prune.ffn_ratio=0",
+    "prune.align=64",
+    "prune.sparsity.pattern=2:4",
+    "compact.enabled=false",
+)
 CASES: dict[str, tuple[str, tuple[str, ...]]] = {family: (family, PROTECTED) for family in FAMILIES} | {
     "allocated": ("qwen3", (*ALLOCATED, INT8)),
     "uniform": ("mistral", (INT8,)),
     "uniform-tied": ("gemma3_text", ()),
     "whole": ("llama", ("prune.kv_ratio=0", "prune.ffn_ratio=0")),
+    "sparse": ("gemma3_text", SPARSE),
 }
-EQUAL = ("uniform", "uniform-tied", "whole")
+EQUAL = ("uniform", "uniform-tied", "whole", "sparse")
 
 
 class Small:

@@ -8,13 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from prune.counting import counts_without, group_parameters, kept_count
+from prune.counting import counts_without, group_parameters, kept_count, masked_count
 from prune.exceptions import RatioError
 from prune.groups import KIND, PRUNED_AXIS, ROLES, LayerShape, shape_of
 from prune.indexmap import IndexMap, LayerKept
 from prune.scatter import restrict_adapter, scatter_adapter
 from prune.select import keep_best, removal_losses
 from prune.slice import slice_rows_or_columns
+from prune.sparse import check_mask, inverse_root, pack_mask, sparsegpt_mask, unpack_mask, wanda_mask
 
 # Examples are tiny; a slow shared machine must not fail them.
 settings.register_profile("prune", max_examples=60, deadline=None)
@@ -187,3 +188,27 @@ def test_what_goes_is_at_least_what_was_asked_for_and_no_group_more(
         assert enough[found] <= min(near.values())
     if needed == 0:
         assert found == (shape.kv_heads, shape.ffn)
+
+
+@RELAXED
+@given(
+    rows=st.integers(1, 9),
+    groups=st.integers(1, 12),
+    pattern=st.one_of(
+        RATIOS.map(lambda ratio: (ratio, None)), st.sampled_from([(0.5, 2), (0.25, 4), (0.5, 4), (0.5, 8)])
+    ),
+    seed=st.integers(0, 2**32),
+)
+def test_masks_take_exactly_their_share(rows: int, groups: int, pattern: tuple[float, int | None], seed: int) -> None:
+    """Of any shape, ties among the scores included; and a mask that is packed comes back."""
+    (ratio, group), generator = pattern, torch.Generator().manual_seed(seed)
+    columns = groups * (group or 3)
+    weight = whole_numbers((rows, columns), generator)
+    seen = torch.randn(2 * columns, columns, generator=generator)
+    for mask in (
+        wanda_mask(weight, seen.square().mean(dim=0).sqrt(), ratio, group),
+        sparsegpt_mask(weight, inverse_root(seen.T @ seen, 0.01), ratio, group),
+    ):
+        check_mask(mask, ratio, group)
+        assert int(mask.sum()) == masked_count(rows, columns, ratio) <= ratio * rows * columns + 1e-9
+        assert torch.equal(unpack_mask(pack_mask(mask), columns), mask)

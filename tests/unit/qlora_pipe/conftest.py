@@ -32,7 +32,7 @@ INPUTS = {
     "decompose": ("source", "calibrate", "allocate"),
     "refine": ("source", "allocate", "decompose"),
     "select": ("source", "calibrate", "allocate", "decompose", "refine"),
-    "prune": ("source", "allocate", "decompose", "refine", "select"),
+    "prune": ("source", "calibrate", "allocate", "decompose", "refine", "select"),
     "align": ("source", "allocate", "select", "prune"),
     "train": ("source", "allocate", "prune", "align"),
     "compact": ("source", "select", "prune", "align", "train"),

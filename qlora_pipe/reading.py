@@ -1,0 +1,34 @@
+"""Whose weights a stage reads; needs no torch."""
+
+from qlora_pipe.config import Config
+
+
+def read_by(stage: str, config: Config, full_packed: str) -> tuple[str, ...]:
+    """Stages whose weights `stage` reads; `source` stands for the original model, `full_packed` is the stage that the
+    full decomposed model is of."""
+    sparse = config.prune.sparsity.enabled
+    compact = ("compact",) if config.compact.enabled else ()
+    deployed = (full_packed,) if config.recover.base == "decomposed" else ()
+    small = ("prune", "align") if config.compensates else ("prune",)
+    trained = compact or (*small, "train")
+    moments = () if config.prune.method in ("lora", "magnitude", "random") else ("calibrate",)
+    original = ("source",) if sparse else ()
+    guided = ("select",) if config.prune.method == "lora" else ()
+    teacher = ("source",) if config.align.teacher == "original" else ()
+    aligning = ("prune", *teacher) if config.align.enabled else ()
+    found: dict[str, tuple[str, ...]] = {
+        "source": ("source",),
+        "calibrate": ("source",),
+        "score": ("source", "calibrate"),
+        "decompose": ("source", "calibrate"),
+        "refine": ("source", "decompose") if config.refine.enabled else (),
+        "select": (full_packed, *moments, *original),
+        "prune": (full_packed, *(("source", "calibrate", "select") if sparse else ())),
+        "align": (*guided, *aligning),
+        "train": small,
+        "compact": ("source", *small[1:], "train") if compact else (),
+        "recover": ("source", *small, "train", *compact, *deployed),
+        "export": ("source", "recover", *trained, *deployed),
+        "evaluate": ("source", full_packed, *small, "train", *compact, "recover"),
+    }
+    return found.get(stage, ())
