@@ -160,6 +160,10 @@ class Guide(Optimisation):
         "are what goes there, are told apart from the first step on; published: A is random and B zero everywhere",
     )
 
+    shrink: bool = Field(
+        False, description="true: what is masked is left out of the computation, in fewer bytes and less time a step"
+    )
+
     @model_validator(mode="after")
     def _leaves_a_ramp(self) -> "Guide":
         if self.start + self.cooldown >= 1:

@@ -9,6 +9,7 @@ Source: LQ-LoRA, arXiv 2311.12023 (Q + L1 L2); QLoRA, arXiv 2305.14314 (rebuild 
 
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from quant.buffers import first_level_scales, zero_points
+from quant.buffers import first_level_scales, slice_rows, zero_points
 from quant.exceptions import QuantError, ShapeError
 from quant.lookup import dequantize_packed
 from quant.rebuild import add_product_, autocast_input, check_input, row_chunks, without_autocast
@@ -182,6 +183,7 @@ class PackedLinear(PackedMatrix):
         self.register_parameter("task_a", None)
         self.register_parameter("task_b", None)
         self.task_scale = 0.0
+        self._part: tuple[dict[str, Tensor], PackedShape, Tensor] | None = None
 
     def attach_adapter(self, rank: int, alpha: float, generator: torch.Generator) -> None:
         """Add a trainable adapter: fp32 ``task_a`` [rank, in] and ``task_b`` [out, rank].
@@ -203,13 +205,39 @@ class PackedLinear(PackedMatrix):
         self.task_b = nn.Parameter(torch.zeros(self.shape.out_features, rank, dtype=torch.float32, device=device))
         self.task_scale = alpha / rank
 
+    def narrow(self, rows: Tensor) -> None:
+        """From now on compute as the map that keeps these rows of the stored matrix (int64, ascending): outputs, or
+        inputs if it is transposed. Buffers and adapter stay whole; what is left out of the adapter gets no gradient.
+
+        Peak bytes: the packed rows that are kept.
+        """
+        shape, rows = self.shape, rows.to(self.qweight.device)
+        part = replace(shape, choice=shape.choice.sliced())
+        if shape.transposed:
+            part = replace(part, in_features=len(rows))
+        else:
+            part = replace(part, out_features=len(rows))
+        self._part = slice_rows(self.frozen(), shape, rows), part, rows
+
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out], computed in x's dtype (autocast's dtype under autocast)."""
         x = autocast_input(x)
-        y = product(x, self.frozen(), self.shape)
-        if self.bias is not None:
-            y = y + self.bias.to(y.dtype)
-        if self.task_a is not None and self.task_b is not None:
-            hidden = F.linear(x, self.task_a.to(x.dtype))
-            y = y + self.task_scale * F.linear(hidden, self.task_b.to(x.dtype))
+        bias: Tensor | None = self.bias
+        task_a: Tensor | None = self.task_a
+        task_b: Tensor | None = self.task_b
+        if self._part is None:
+            y = product(x, self.frozen(), self.shape)
+        else:
+            buffers, shape, rows = self._part
+            y = product(x, buffers, shape)
+            if shape.transposed:
+                task_a = None if task_a is None else task_a.index_select(1, rows)
+            else:
+                task_b = None if task_b is None else task_b.index_select(0, rows)
+                bias = None if bias is None else bias.index_select(0, rows)
+        if bias is not None:
+            y = y + bias.to(y.dtype)
+        if task_a is not None and task_b is not None:
+            hidden = F.linear(x, task_a.to(x.dtype))
+            y = y + self.task_scale * F.linear(hidden, task_b.to(x.dtype))
         return y

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from prune.average import MovingAverage
 from prune.groups import ROLES, LayerShape, group_width
+from prune.indexmap import IndexMap, LayerKept
 from prune.lora_guided import Adapter, guided, side_matched
 from prune.members import MemberScores
 from prune.schedule import mask_updates
@@ -33,8 +34,9 @@ class Ramp:
 
     `modules`: name to packed map with its adapter attached. `counts`: KV groups and FFN channels of every layer that
     stay in the end; layers that stay whole are not scored. Give it to `training.train` as `watch`. A group that is
-    masked stays so: it is scored 0, and every other more. Peak bytes beside the training: one dense matrix and the
-    chunks of its score, at every step up to the last masks.
+    masked stays so: it is scored 0, and every other more. With `settings.shrink` the maps compute without what is
+    masked. Peak bytes beside the training: one dense matrix and the chunks of its score, at every step up to the last
+    masks; the packed rows that stay, if maps shrink.
     """
 
     def __init__(
@@ -62,7 +64,7 @@ class Ramp:
             for layer, shape in self._shapes.items()
         }
         self.scores: Scores = {}
-        for layer, shape in self._shapes.items():
+        for layer, shape in self._shapes.items() if not settings.shrink else ():
             for kind, role in _MASKED.items():
                 self._map(layer, role).register_forward_hook(self._masking(layer, kind, group_width(role, shape)))
 
@@ -121,6 +123,8 @@ class Ramp:
 
         self._average = MovingAverage(self._free, self._settings.decay, list(part("average").values()))
         self.masks, self.scores = part("mask"), part("score")
+        if self._settings.shrink:
+            self._shrink()
 
     def _renew(self, share: float) -> None:
         """Mask so large a share of what is to go in the end."""
@@ -139,6 +143,17 @@ class Ramp:
         for mask, layer in zip(self.masks.values(), kept.layers, strict=True):
             for kind, indices in (("kv", layer.kv_heads), ("ffn", layer.ffn)):
                 mask[kind] = torch.zeros_like(mask[kind]).index_fill_(0, torch.tensor(indices), 1)
+        if self._settings.shrink:
+            self._shrink()
+
+    def _shrink(self) -> None:
+        """Leave out of the maps what is masked."""
+        for layer, shape in self._shapes.items():
+            kv_heads, ffn = (tuple(self.masks[layer][kind].nonzero().flatten().tolist()) for kind in ("kv", "ffn"))
+            kept = IndexMap((LayerKept(kv_heads, ffn),), (shape,))
+            if kept.kept_shape(0) != shape:
+                for role in ROLES:
+                    self._map(layer, role).narrow(kept.kept_indices(0, role))
 
     def _layer_scores(self, layer: int) -> dict[str, Tensor]:
         shape, members = self._shapes[layer], MemberScores(self._shapes[layer])
