@@ -101,7 +101,7 @@ def row(measure: str, ours: float, peer: float, ratio: float, bar: float | None,
     return Row(measure, ours, peer, ratio, text, None if bar is None else ratio <= bar, spread)
 
 
-def sizes(measure: str, ours: int, peer: int, bar: float) -> Row:
+def sizes(measure: str, ours: int, peer: int, bar: float | None) -> Row:
     return row(measure, ours, peer, ours / peer, bar)
 
 

@@ -23,7 +23,9 @@ from qlora_pipe.compile import compile_model
 from qlora_pipe.events import Reporter
 from qlora_pipe.hf.loss import summed_loss
 from qlora_pipe.hf.model import Model
+from qlora_pipe.hf.ramp import Ramp
 from qlora_pipe.hf.sequences import collate
+from qlora_pipe.stages.base import Context
 from qlora_pipe.stages.models import full_packed_model, packed_modules, pruned_model
 
 REDUCTIONS = (0.2, 0.5)
@@ -35,6 +37,19 @@ def adapted(model: Model) -> Model:
     generator = torch.Generator().manual_seed(0)
     for module in packed_modules(model).values():
         module.attach_adapter(RANK, 2 * RANK, generator)
+    return model
+
+
+def ramped(seen: Context, *, shrink: bool) -> Model:
+    """The full model with what `select` did not keep masked, as LoRAPrune's loop has it."""
+    model, layers = adapted(full_packed_model(seen)), seen.index_map.layers
+    guide = seen.config.guide.model_copy(update={"shrink": shrink})
+    counts = [(len(layer.kv_heads), len(layer.ffn)) for layer in layers]
+    ramp = Ramp(packed_modules(model), seen.known.architecture.layers, guide, counts)
+    for number, masks in ramp.masks.items():
+        for kind, indices in (("kv", layers[number].kv_heads), ("ffn", layers[number].ffn)):
+            masks[kind].zero_()[list(indices)] = 1
+    ramp.load(ramp.state())
     return model
 
 
@@ -73,6 +88,12 @@ def measure(arguments: argparse.Namespace) -> Iterator[Row]:
         steps = [lambda model=model: summed_loss(model, batch).backward() for model in (small, full)]
         yield paired(f"{name}, step seconds", *steps, SLACK * ratio, 3 if arguments.short else 9)
         yield sizes(f"{name}, bytes", held_bytes(small, batch), held_bytes(full, batch), 1.0)
+        del small, full
+        shrunk, masked = (ramped(seen, shrink=shrink) for shrink in (True, False))
+        name = f"{subject.name}, {share:.0%} of the blocks masked (LoRAPrune's loop): left out / multiplied by zero"
+        steps = [lambda model=model: summed_loss(model, batch).backward() for model in (shrunk, masked)]
+        yield paired(f"{name}, step seconds", *steps, None, 3 if arguments.short else 9)
+        yield sizes(f"{name}, bytes", held_bytes(shrunk, batch), held_bytes(masked, batch), None)
 
 
 if __name__ == "__main__":
