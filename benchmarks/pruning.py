@@ -7,10 +7,11 @@ The base is the model decomposed to 4 bits, whose codes are sliced. After: slot 
 generic text by every method, `--steps` of 4 rows of 256 tokens, to predict what the original predicts; of the methods
 named lora, LoRAPrune's loop takes the first half of these steps and alignment the second. `lora-published` starts
 adapters as LoRA does and counts the term that is quadratic in the gradients, `lora` sees columns from their side.
-`allocated` is `activation` with widths of each layer chosen by the integer programme, all others prune every layer
-alike. Ratio is perplexity over that of the unpruned, unquantised model, spread its standard error over windows; the
-last row of a reduction is the best of ours (lora, activation, allocated) over the lowest of the others, after
-alignment. Text and models: benchmarks/perplexity.py.
+`allocated` is `activation` with widths of each layer chosen by the integer programme from measured losses,
+`allocated-scores` from sums of scores alone; all others prune every layer alike. Ratio is perplexity over that of the
+unpruned, unquantised model, spread its standard error over windows; the last row of a reduction is the best of ours
+(lora, activation, allocated both ways) over the lowest of the others, after alignment. Text and models:
+benchmarks/perplexity.py.
 """
 
 import argparse
@@ -30,7 +31,7 @@ from qlora_pipe.hf.tokens import Row as Tokens
 from qlora_pipe.stages.models import aligned_model, pruned_model
 
 REDUCTIONS = (0.1, 0.2, 0.3, 0.5)
-OURS = ("lora", "activation", "allocated")
+OURS = ("lora", "activation", "allocated", "allocated-scores")
 OTHERS = ("random", "magnitude", "taylor", "wanda", "flap")
 BATCH = {"batch_size": 4, "length": 256}
 
@@ -44,7 +45,8 @@ def methods(steps: int) -> dict[str, tuple[str, ...]]:
         found[name] = (*setting("prune", method="lora"), *setting("guide", interval=2, **guide), *halves)
     found["activation"] = (*setting("prune", method="activation"), *aligned)
     allocated = setting("prune", method="activation", widths="allocated")
-    return found | {"allocated": (*allocated, *aligned)}
+    found["allocated"] = (*allocated, *aligned)
+    return found | {"allocated-scores": (*allocated, *setting("prune", losses="scores"), *aligned)}
 
 
 def measured(config: Config, windows: Sequence[Tokens]) -> tuple[list[float], list[float], float]:

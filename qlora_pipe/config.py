@@ -109,8 +109,14 @@ class Prune(Section):
         description="true reduction: share of the blocks' parameters that goes at least; null: kv_ratio and ffn_ratio",
     )
     widths: Literal["uniform", "allocated"] = Field(
-        "uniform", description="allocated: each layer's widths by the least total score that goes, under ratio"
+        "uniform", description="allocated: each layer's own, by the least total loss under ratio"
     )
+    losses: Literal["measured", "scores"] = Field(
+        "measured",
+        description="what allocated widths cost; measured: the least a layer may keep by how far predictions of "
+        "generic text move, with the model in memory, in between by scores; scores: by these alone",
+    )
+    tokens: Positive = Field(2048, description="scored tokens of generic text that losses are measured on, at most")
     kv_ratio: Fraction = Field(0.0, description="nominal share of the KV groups removed per layer, without ratio")
     ffn_ratio: Fraction = Field(0.25, description="nominal share of the FFN channels removed per layer, without ratio")
     align: Positive = Field(64, description="kept FFN channels are a multiple of this")
@@ -138,14 +144,16 @@ class Prune(Section):
         return self
 
     @model_validator(mode="after")
-    def _allocated_widths_need_a_budget_and_comparable_scores(self) -> "Prune":
+    def _allocated_widths_need_a_budget_and_comparable_losses(self) -> "Prune":
         if self.widths == "allocated":
             if self.ratio is None:
                 raise ValueError("widths: allocated needs a budget: set ratio, the share of the parameters that goes")
-            if self.method in ("lora", "magnitude", "random"):
+            if self.method == "lora":
+                raise ValueError("method: lora masks groups to widths it knows before: choose widths: uniform")
+            if self.compares_scores and self.method in ("magnitude", "random"):
                 raise ValueError(
-                    f"method: {self.method} gives scores that cannot be compared across layers, which widths: "
-                    "allocated does; choose activation, wanda, flap or taylor, or widths: uniform"
+                    f"method: {self.method} gives scores that cannot be compared across layers, which losses: scores "
+                    "does; choose activation, wanda, flap or taylor, or losses: measured"
                 )
         return self
 
@@ -153,6 +161,16 @@ class Prune(Section):
     def removes(self) -> bool:
         """Whether anything goes."""
         return bool(self.kv_ratio or self.ffn_ratio if self.ratio is None else self.ratio)
+
+    @property
+    def compares_scores(self) -> bool:
+        """Whether scores of different layers and kinds are set against each other."""
+        return self.widths == "allocated" and self.losses == "scores"
+
+    @property
+    def measures(self) -> bool:
+        """Whether losses are measured."""
+        return self.widths == "allocated" and self.losses == "measured" and self.removes
 
 
 class Optimisation(Section):

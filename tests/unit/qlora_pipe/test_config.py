@@ -7,6 +7,7 @@ from qlora_pipe.architectures import from_config
 from qlora_pipe.config import Config, Dataset, Section
 from qlora_pipe.known import choices_for
 
+ALLOCATED = {"ratio": 0.1, "widths": "allocated"}
 SMALLEST: dict[str, Any] = {"model": "m", "data": {"calibration": "a.txt", "task": "b.txt"}}
 
 
@@ -65,8 +66,9 @@ def test_no_adapter_at_all_is_always_tried() -> None:
         ({"prune": {"protect_first": 1, "ffn_ratio": 0.0, "ratio": 0.1}}, "protect_last keeps some layers whole"),
         ({"prune": {"ratio": 0.1, "widths": "allocated"}}, "allocated gives each layer its own: set export.small to f"),
         ({"prune": {"widths": "allocated"}}, "allocated needs a budget: set ratio"),
-        ({"prune": {"ratio": 0.1, "widths": "allocated", "method": "magnitude"}}, "magnitude gives scores that cannot"),
-        ({"prune": {"ratio": 0.1, "widths": "allocated", "method": "random"}}, "choose activation, wanda, flap or"),
+        ({"prune": ALLOCATED | {"losses": "scores", "method": "magnitude"}}, "magnitude gives scores that cannot"),
+        ({"prune": ALLOCATED | {"losses": "scores", "method": "random"}}, "choose activation, wanda, flap or"),
+        ({"prune": ALLOCATED | {"method": "lora"}}, "lora masks groups to widths it knows before"),
         ({"prune": {"ratio": 1.0}}, "less than 1"),
         ({"seed": -1}, "greater than or equal to 0"),
         ({"data": {"calibration": "a"}}, "Field required"),

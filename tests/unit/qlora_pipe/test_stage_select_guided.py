@@ -214,6 +214,6 @@ def test_masked_groups_get_no_gradient(config: Path, artifacts: dict[str, Artifa
         assert not gradient[first * width :].any()
 
 
-def test_scores_that_do_not_compare_across_layers_allocate_nothing(config: Path) -> None:
-    with pytest.raises(ConfigError, match="lora gives scores that cannot be compared across layers"):
+def test_widths_that_must_be_known_before_are_not_allocated(config: Path) -> None:
+    with pytest.raises(ConfigError, match="lora masks groups to widths it knows before"):
         load(config, (*GUIDED, "prune.widths=allocated", "prune.ratio=0.2", "export.small=false"))
