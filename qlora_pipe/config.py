@@ -280,7 +280,9 @@ class Export(Section):
 
     peft: bool = Field(True, description="the adapter for the full model, a stock PEFT folder")
     merged: bool = Field(True, description="the full model with the adapter added")
-    small: bool = Field(True, description="the pruned and trained model; needs equal widths in every layer")
+    small: bool = Field(
+        True, description="the pruned and trained model; unless all layers are of equal widths, only we load it"
+    )
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="of exported dense weights")
 
 
@@ -323,23 +325,6 @@ class Config(Section):
         """Whether the integer model's adapter is put at the full model's shapes: not if slot C, which belongs to the
         small model alone, is part of it."""
         return self.compact.enabled and not (self.compensates and self.compact.warm_start)
-
-    @model_validator(mode="after")
-    def _small_has_equal_widths(self) -> "Config":
-        prune = self.prune
-        if not (self.export.small and prune.removes):
-            return self
-        if prune.widths == "allocated":
-            raise ValueError(
-                "export.small needs equal widths in every layer, but prune.widths: allocated gives each layer its own: "
-                "set export.small to false, or prune.widths to uniform"
-            )
-        if prune.protect_first or prune.protect_last:
-            raise ValueError(
-                "export.small needs equal widths in every layer, but prune.protect_first or "
-                "prune.protect_last keeps some layers whole: set both to 0, or export.small to false"
-            )
-        return self
 
 
 def _as_value_error(parse: Any, value: str) -> None:

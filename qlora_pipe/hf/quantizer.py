@@ -39,8 +39,8 @@ class PackedConfig(QuantizationConfigMixin):
 
 @register_quantizer(METHOD)
 class PackedQuantizer(HfQuantizer):
-    """Puts packed modules where the stock architecture has linear maps and embeddings; transformers loads their
-    buffers like any other.
+    """Puts packed modules, and dense ones of other sides, where the stock architecture has linear maps and embeddings;
+    transformers loads their tensors like any other.
 
     `dtype` of from_pretrained is that of activations and of what is not packed; buffers keep their own. Peak bytes:
     the packed model.
@@ -90,7 +90,7 @@ def _check_sides(config: Any, packings: Mapping[str, Packing]) -> None:
 
 
 def _packed(model: nn.Module, name: str, packing: Packing) -> nn.Module:
-    """What takes the place of module `name`; raises SourceError if nothing packed can."""
+    """What takes the place of module `name`, without memory; raises SourceError if nothing can."""
     try:
         place = model.get_submodule(name)
     except AttributeError:
@@ -105,6 +105,8 @@ def _packed(model: nn.Module, name: str, packing: Packing) -> nn.Module:
             "load the folder with AutoModelForCausalLM, and keep its config.json as it was written"
         )
     rows, columns = packing.sides or sides
+    if packing.choice is None:
+        return nn.Linear(columns, rows, bias, device="meta", dtype=place.weight.dtype)
     shape = PackedShape(columns, rows, packing.choice, packing.transposed, bias)
     try:
         return packed_like(place, shape, place.weight.dtype)

@@ -3,13 +3,9 @@
 The artifact is a Hugging Face folder, as that of decompose, whether or not the layers have equal widths.
 """
 
-from dataclasses import replace
-
-from qlora_pipe.exporters.packed import write_packed_settings
-from qlora_pipe.hf.model import small_config
-from qlora_pipe.sources import read_config
+from qlora_pipe.exporters.dense import write_settings
 from qlora_pipe.stages.base import Context, Stage
-from qlora_pipe.stages.packing import packings_of, read_buffers
+from qlora_pipe.stages.packing import packings_of, read_buffers, small_settings
 from quant.buffers import slice_rows
 
 
@@ -26,22 +22,7 @@ def run(context: Context) -> None:
                 writer.write(f"{name}.{buffer}", sliced[buffer])
         for name in known.outer():
             writer.write(name, reader.read(name))
-    _write_settings(context)
-
-
-def _write_settings(context: Context) -> None:
-    """config.json has the small widths if all layers have the same; else the original ones, which the sides of
-    `quantization_config` correct map by map."""
-    small, full = context.known.small, context.known.architecture
-    config, packings = read_config(context.base), packings_of(context, "prune")
-    if len(set(small.layers)) == 1:
-        config = small_config(config, small)
-    else:
-        implied = full.linear_shapes()
-        for name, sides in small.linear_shapes().items():
-            if sides != implied[name]:
-                packings[name] = replace(packings[name], sides=sides)
-    write_packed_settings(context.out, packings, config=config, base=context.base)
+    write_settings(context.out, small_settings(context, packings_of(context, "prune")), context.base)
 
 
 STAGE = Stage(

@@ -61,10 +61,7 @@ def test_no_adapter_at_all_is_always_tried() -> None:
         ({"decompose": {"bits": [5]}}, "2, 3, 4 or 8"),
         ({"decompose": {"budget": "2.75"}}, "a budget such as 2.75bits"),
         ({"memory": {"host": "24"}}, "a size such as 24GB"),
-        ({"prune": {"protect_first": 1}}, "equal widths"),
         ({"guide": {"start": 0.6, "cooldown": 0.4}}, "leave some to prune in"),
-        ({"prune": {"protect_first": 1, "ffn_ratio": 0.0, "ratio": 0.1}}, "protect_last keeps some layers whole"),
-        ({"prune": {"ratio": 0.1, "widths": "allocated"}}, "allocated gives each layer its own: set export.small to f"),
         ({"prune": {"widths": "allocated"}}, "allocated needs a budget: set ratio"),
         ({"prune": ALLOCATED | {"losses": "scores", "method": "magnitude"}}, "magnitude gives scores that cannot"),
         ({"prune": ALLOCATED | {"losses": "scores", "method": "random"}}, "choose activation, wanda, flap or"),
@@ -87,11 +84,9 @@ def test_refused(settings: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize(
     "settings",
     [
-        {"prune": {"protect_first": 1}, "export": {"small": False}},
-        {"prune": {"protect_last": 1, "ffn_ratio": 0.0}},
-        {"prune": {"protect_last": 1, "ratio": 0.0}},
+        {"prune": {"protect_first": 1}},
         {"prune": {"ratio": 0.0, "widths": "allocated"}},
-        {"prune": {"ratio": 0.1, "widths": "allocated"}, "export": {"small": False}},
+        {"prune": ALLOCATED | {"method": "random"}},
         {"memory": {"host": "24GB", "device": "16GiB"}},
     ],
 )
