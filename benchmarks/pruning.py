@@ -8,9 +8,10 @@ generic text by every method, `--steps` of 4 rows of 256 tokens, to predict what
 named lora, LoRAPrune's loop takes the first half of these steps and alignment the second. `lora-published` starts
 adapters as LoRA does and counts the term that is quadratic in the gradients, `lora` sees columns from their side.
 `allocated` is `activation` with widths of each layer chosen by the integer programme from measured losses,
-`allocated-scores` from sums of scores alone; all others prune every layer alike. Ratio is perplexity over that of the
-unpruned, unquantised model, spread its standard error over windows; the last row of a reduction is the best of ours
-(lora, activation, allocated both ways) over the lowest of the others, after alignment. Text and models:
+`allocated-scores` from sums of scores alone; `bias` is FLAP's score with what goes leaving its mean behind,
+`allocated-bias` the same with allocated widths; all others prune every layer alike. Ratio is perplexity over that of
+the unpruned, unquantised model, spread its standard error over windows; the last row of a reduction is the best of ours
+(lora, activation, allocated in any way) over the lowest of the others, after alignment. Text and models:
 benchmarks/perplexity.py.
 """
 
@@ -31,8 +32,8 @@ from qlora_pipe.hf.tokens import Row as Tokens
 from qlora_pipe.stages.models import aligned_model, pruned_model
 
 REDUCTIONS = (0.1, 0.2, 0.3, 0.5)
-OURS = ("lora", "activation", "allocated", "allocated-scores")
-OTHERS = ("random", "magnitude", "taylor", "wanda", "flap")
+OURS = ("lora", "activation", "allocated", "allocated-scores", "allocated-bias")
+RANKINGS = ("random", "magnitude", "taylor", "wanda", "flap")
 BATCH = {"batch_size": 4, "length": 256}
 
 
@@ -40,13 +41,15 @@ def methods(steps: int) -> dict[str, tuple[str, ...]]:
     """Overrides by name."""
     aligned = setting("align", enabled=True, steps=steps, **BATCH)
     halves = (*setting("align", enabled=True, steps=steps // 2, **BATCH), *setting("guide", steps=steps // 2, **BATCH))
-    found = {name: (*setting("prune", method=name), *aligned) for name in OTHERS}
+    found = {name: (*setting("prune", method=name), *aligned) for name in RANKINGS}
     for name, guide in (("lora-published", {"sides": "published", "eta": 1.0}), ("lora", {})):
         found[name] = (*setting("prune", method="lora"), *setting("guide", interval=2, **guide), *halves)
     found["activation"] = (*setting("prune", method="activation"), *aligned)
     allocated = setting("prune", method="activation", widths="allocated")
     found["allocated"] = (*allocated, *aligned)
-    return found | {"allocated-scores": (*allocated, *setting("prune", losses="scores"), *aligned)}
+    found["allocated-scores"] = (*allocated, *setting("prune", losses="scores"), *aligned)
+    found["bias"] = (*setting("prune", method="flap", bias=True), *aligned)
+    return found | {"allocated-bias": (*found["bias"], *setting("prune", widths="allocated"))}
 
 
 def measured(config: Config, windows: Sequence[Tokens]) -> tuple[list[float], list[float], float]:

@@ -117,6 +117,11 @@ class Prune(Section):
         "generic text move, with the model in memory, in between by scores; scores: by these alone",
     )
     tokens: Positive = Field(2048, description="scored tokens of generic text that losses are measured on, at most")
+    bias: bool = Field(
+        False,
+        description="true: what goes leaves its mean on the calibration text behind (FLAP), as biases of o and down; "
+        "the small model then loads once qlora_pipe is imported",
+    )
     kv_ratio: Fraction = Field(0.0, description="nominal share of the KV groups removed per layer, without ratio")
     ffn_ratio: Fraction = Field(0.25, description="nominal share of the FFN channels removed per layer, without ratio")
     align: Positive = Field(64, description="kept FFN channels are a multiple of this")
@@ -161,6 +166,11 @@ class Prune(Section):
     def removes(self) -> bool:
         """Whether anything goes."""
         return bool(self.kv_ratio or self.ffn_ratio if self.ratio is None else self.ratio)
+
+    @property
+    def leaves_bias(self) -> bool:
+        """Whether o and down get biases."""
+        return self.bias and self.removes
 
     @property
     def compares_scores(self) -> bool:

@@ -15,7 +15,7 @@ from qlora_pipe.config import Config
 from qlora_pipe.errors import ConfigError
 from qlora_pipe.rules import Narrowed, narrow
 from qlora_pipe.units import parse_budget
-from qlora_pipe.widths import narrowed, offered, prunable, small_architecture
+from qlora_pipe.widths import narrowed, offered, prunable, small_architecture, with_biases
 from quant.exceptions import ShapeError
 from quant.storage import Choice, PackedShape
 
@@ -63,9 +63,8 @@ class Known:
     @cached_property
     def small(self) -> Architecture:
         """The architecture after pruning: exact where `is_final`, else a guess at widths that scores decide."""
-        if self.kept is not None:
-            return self.architecture.with_layers(self.kept)
-        return small_architecture(self.architecture, self.config.prune)
+        layers = self.kept or small_architecture(self.architecture, self.config.prune).layers
+        return with_biases(self.architecture.with_layers(layers), self.config.prune)
 
     @property
     def is_final(self) -> bool:
@@ -193,6 +192,7 @@ class Known:
         small = ("prune", "align") if self.config.compensates else ("prune",)
         trained = compact or (*small, "train")
         moments = () if self.config.prune.method in ("lora", "magnitude", "random") else ("calibrate",)
+        means = ("calibrate",) if self.config.prune.leaves_bias else ()
         guided = ("select",) if self.config.prune.method == "lora" else ()
         teacher = ("source",) if self.config.align.teacher == "original" else ()
         aligning = ("prune", *teacher) if self.config.align.enabled else ()
@@ -203,7 +203,7 @@ class Known:
             "decompose": ("source", "calibrate"),
             "refine": ("source", "decompose") if self.config.refine.enabled else (),
             "select": (self.full_packed, *moments),
-            "prune": (self.full_packed,),
+            "prune": (self.full_packed, *means),
             "align": (*guided, *aligning),
             "train": small,
             "compact": ("source", *small[1:], "train") if compact else (),

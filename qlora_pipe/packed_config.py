@@ -20,31 +20,34 @@ SIDED = 2
 release can read it does read."""
 
 RESHAPED = 3
-"""The version where linear maps that are not packed do; packed ones may as well."""
+"""The version where linear maps that are not packed do, and packed ones may; or where maps have biases of their own."""
 
 
 @dataclass(frozen=True)
 class Packing:
     """How one linear map or embedding is stored, without a choice dense; its `sides`, (out, in), where config.json
-    implies others."""
+    implies others, and whether it has a `bias` where config.json implies none."""
 
     choice: Choice | None = None
     transposed: bool = False
     sides: tuple[int, int] | None = None
+    bias: bool = False
 
 
 def to_json(packings: Mapping[str, Packing]) -> dict[str, Any]:
     """`quantization_config` for `packings` by module name. Formats are listed once, modules point to them."""
     stored = {name: (each.choice, each.transposed) for name, each in packings.items() if each.choice is not None}
     sides = {name: list(packing.sides) for name, packing in packings.items() if packing.sides is not None}
+    biases = [name for name, packing in packings.items() if packing.bias]
     formats = list(dict.fromkeys(stored.values()))
+    reshaped = biases or not sides.keys() <= stored.keys()
     body = {
         "quant_method": METHOD,
-        "version": (SIDED if sides.keys() <= stored.keys() else RESHAPED) if sides else VERSION,
+        "version": RESHAPED if reshaped else SIDED if sides else VERSION,
         "formats": [choice.to_json() | {"transposed": transposed} for choice, transposed in formats],
         "modules": {name: formats.index(each) for name, each in stored.items()},
     }
-    return body | {"sides": sides} if sides else body
+    return body | ({"sides": sides} if sides else {}) | ({"biases": biases} if biases else {})
 
 
 def from_json(body: Mapping[str, Any]) -> dict[str, Packing]:
@@ -62,9 +65,14 @@ def from_json(body: Mapping[str, Any]) -> dict[str, Packing]:
         found = {name: formats[index] for name, index in modules.items()}
         for name, value in (body.get("sides") or {}).items():
             found[name] = replace(found.get(name, Packing()), sides=_sides(value))
+        for name in map(str, body.get("biases") or []):
+            found[name] = replace(found.get(name, Packing()), bias=True)
         expected = to_json(found)["version"]
         if version != expected:
-            raise ValueError(f"sides {body.get('sides')!r} in version {version}, which belong to {expected}")
+            raise ValueError(
+                f"sides {body.get('sides')!r} and biases {body.get('biases')!r} in version {version}, which belong to "
+                f"{expected}"
+            )
         return found
     except (AttributeError, IndexError, KeyError, TypeError, ValueError, QuantError) as error:
         raise SourceError(

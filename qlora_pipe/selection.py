@@ -20,7 +20,16 @@ from qlora_pipe.architectures import Architecture
 from qlora_pipe.artifacts.manifest import Manifest
 from qlora_pipe.config import Prune
 from qlora_pipe.errors import ArtifactError
-from qlora_pipe.widths import KINDS, group_sizes, offered, parameters_to_go, prunable, reduction, small_architecture
+from qlora_pipe.widths import (
+    KINDS,
+    bias_parameters,
+    group_sizes,
+    offered,
+    parameters_to_go,
+    prunable,
+    reduction,
+    small_architecture,
+)
 from solver import CertificateError, Item, Problem, Solution, check, solve
 from solver import Choice as Option
 
@@ -113,7 +122,8 @@ def record(
     """
     layers = kept.kept_shapes
     even = small_architecture(architecture, settings)
-    full, small = architecture.block_parameters(), even.with_layers(layers).block_parameters()
+    full, added = architecture.block_parameters(), bias_parameters(architecture, settings)
+    small = even.with_layers(layers).block_parameters() + added
     return {
         "method": settings.method,
         "widths": settings.widths,
@@ -122,7 +132,7 @@ def record(
         "ratio": settings.ratio,
         "model": model,
         "index_map": kept.digest(),
-        "parameters": {"blocks": full, "kept": small},
+        "parameters": {"blocks": full, "kept": small, "biases": added},
         "true_reduction": reduction(full, small),
         "nominal": _nominal(layers, architecture.layers, prunable(architecture, settings)),
         "uniform": {name: _width(name, even.layers) for name in table},
@@ -190,8 +200,8 @@ def recheck(
     if keep_best(values, kept.original, [(shape.kv_heads, shape.ffn) for shape in layers]) != kept:
         raise CertificateError("kept.json does not keep the groups of the highest scores")
     gone = sum(rows[-1]["parameters"] - _row(rows, width)["parameters"] for rows, width in _taken(table, layers))
-    full, small = body["parameters"]["blocks"], body["parameters"]["kept"]
-    stated = {"gone": full - small, "true_reduction": body["true_reduction"], "loss": body["loss"]}
+    full, small, added = (body["parameters"][key] for key in ("blocks", "kept", "biases"))
+    stated = {"gone": full - small + added, "true_reduction": body["true_reduction"], "loss": body["loss"]}
     found = {"gone": gone, "true_reduction": reduction(full, small), "loss": _total(table, layers)}
     for key, value in found.items():
         if stated[key] != value:
@@ -217,7 +227,7 @@ def _recheck_request(body: Mapping[str, Any], table: Table, kept: IndexMap, laye
             raise CertificateError(f"{key} does not follow from the table: expected {value}, found {body[key]}")
     if full - small < to_go:
         raise CertificateError(f"{full - small} parameters went, ratio {body['ratio']} asks for {to_go}")
-    if body["certificate"] is not None and body["certificate"]["to_go"] != to_go:
+    if body["certificate"] is not None and body["certificate"]["to_go"] != to_go + body["parameters"]["biases"]:
         raise CertificateError(f"to_go is not what ratio asks for: expected {to_go}")
 
 

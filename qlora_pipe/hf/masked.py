@@ -32,17 +32,19 @@ class Removal:
         self._whole = [predicting_states(model, batch) for batch in self._batches]
 
     @torch.no_grad()
-    def divergence(self, name: str, kept: Tensor) -> float:
+    def divergence(self, name: str, kept: Tensor, mean: Tensor | None = None) -> float:
         """Mean Kullback-Leibler divergence (nats a token) from the whole model while the linear map `name` reads zeros
-        where its inputs are not `kept`.
+        where its inputs are not `kept`, or their `mean` [in].
 
         `kept` int64 [n], of an o or down projection: what only the other inputs carry is what leaves with their groups,
-        so this is the model that has them cut out, to rounding. Raises StageError if predictions are not finite.
+        so this is the model that has them cut out, and the mean left behind as a bias, to rounding. Raises StageError
+        if predictions are not finite.
         """
 
         def masked(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
             mask = inputs[0].new_zeros(inputs[0].shape[-1]).index_fill_(0, kept.to(inputs[0].device), 1)
-            return (inputs[0] * mask,)
+            left = inputs[0] * mask
+            return (left if mean is None else left + (1 - mask) * mean.to(mask),)
 
         handle = self._model.get_submodule(name).register_forward_pre_hook(masked)
         try:

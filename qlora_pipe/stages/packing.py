@@ -62,7 +62,7 @@ def small_settings(context: Context, packings: Mapping[str, Packing]) -> dict[st
     """config.json of the small model, with a `quantization_config` for `packings` by module name, none if it is dense.
 
     It has the small widths if all layers have the same; else the original ones, which the sides of
-    `quantization_config` correct map by map."""
+    `quantization_config` correct map by map, as it adds the biases that pruning left."""
     small, config = context.known.small, read_config(context.base)
     found = dict(packings)
     if len(set(small.layers)) == 1:
@@ -72,6 +72,9 @@ def small_settings(context: Context, packings: Mapping[str, Packing]) -> dict[st
         for name, sides in small.linear_shapes().items():
             if sides != implied[name]:
                 found[name] = replace(found.get(name, Packing()), sides=sides)
+    for _, role, name in small.linears():
+        if role in small.biased - context.known.architecture.biased:
+            found[name] = replace(found.get(name, Packing()), bias=True)
     return config | {"quantization_config": to_json(found)} if found else config
 
 

@@ -93,12 +93,15 @@ def _measured(context: Context, scores: Scores) -> dict[str, float]:
         ),
         settings.tokens,
     )
+    moments = context.reader("calibrate", "moments")
     removal, losses = Removal(full_packed_model(context), found), {}
     tried = list(probes(scores, known.architecture, settings))
     with context.reporter.progress("measuring losses", len(tried)) as advance:
         for name, layer, kind, kept in tried:
             role = "o" if kind == "kv" else "down"
-            losses[name] = removal.divergence(linear_name(layer, role), kept.kept_indices(0, role))
+            place = linear_name(layer, role)
+            mean = moments.read(f"{place}.mean") if settings.bias else None
+            losses[name] = removal.divergence(place, kept.kept_indices(0, role), mean)
             advance()
     return losses
 

@@ -69,17 +69,20 @@ def selected(model: Architecture, prune: Prune, seed: int = 0) -> tuple[Any, Any
     protect=st.sampled_from([(0, 0), (1, 0), (0, 1)]),
     method=st.sampled_from(["activation", "flap"]),
     losses=st.sampled_from(["scores", "measured"]),
+    bias=st.booleans(),
 )
 def test_allocated_is_the_best_of_all_and_never_worse_than_uniform(
-    seed: int, ratio: float, protect: tuple[int, int], method: str, losses: str
+    seed: int, ratio: float, protect: tuple[int, int], method: str, losses: str, bias: bool
 ) -> None:
     model = architecture(3)
-    prune = options(ratio=ratio, method=method, losses=losses, protect_first=protect[0], protect_last=protect[1])
+    protected = {"protect_first": protect[0], "protect_last": protect[1]}
+    prune = options(ratio=ratio, method=method, losses=losses, bias=bias, **protected)
     try:
         even = small_architecture(model, prune)
     except ConfigError:
         return
-    _, table, body, kept = selected(model, prune, seed)
+    scores, table, body, kept = selected(model, prune, seed)
+    recheck(scores, table, body, kept)
     whole = sum(rows[-1]["parameters"] for rows in table.values())
     most = whole - parameters_to_go(model, prune)
     fitting = [
@@ -92,7 +95,10 @@ def test_allocated_is_the_best_of_all_and_never_worse_than_uniform(
     assert body["true_reduction"] >= ratio
     layers = tuple(kept.kept_shape(layer) for layer in range(3))
     kept_parameters = model.with_layers(layers).block_parameters()
-    assert body["parameters"] == {"blocks": model.block_parameters(), "kept": kept_parameters}
+    # One bias of o and one of down in every layer, where something goes.
+    biases = 3 * 2 * 8 if bias and ratio else 0
+    full = model.block_parameters()
+    assert body["parameters"] == {"blocks": full, "kept": kept_parameters + biases, "biases": biases}
     for layer, (shape, full) in enumerate(zip(layers, model.layers, strict=True)):
         if layer < protect[0] or layer >= 3 - protect[1]:
             assert shape == full

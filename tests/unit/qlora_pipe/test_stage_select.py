@@ -10,6 +10,7 @@ import pytest
 import torch
 from tiny import save_settings, save_texts, save_tiny_model
 
+from prune.flap import mean_bias
 from prune.indexmap import IndexMap
 from prune.saliency import activation
 from prune.slice import slice_rows_or_columns
@@ -149,9 +150,10 @@ def context_of(folder: Path, *overrides: str) -> Context:
     return Context(config, known, folder / "model", artifacts, folder / "out", folder / "work", reporter)
 
 
-def test_measured_losses_are_those_of_a_model_that_is_cut_down(folder: Path) -> None:
+@pytest.mark.parametrize("bias", [False, True])
+def test_measured_losses_are_those_of_a_model_that_is_cut_down(folder: Path, bias: bool) -> None:
     """Against the sliced weights in float64, one layer and kind at a time; ranks are those of uniform widths."""
-    overrides = (*ALLOCATED, "prune.tokens=130")
+    overrides = (*ALLOCATED, "prune.tokens=130", f"prune.bias={str(bias).lower()}")
     measured = pruned(folder, *overrides)["measured"]
     context, table = context_of(folder, *overrides), body_of(folder, "table.json")
     scores = [
@@ -166,10 +168,14 @@ def test_measured_losses_are_those_of_a_model_that_is_cut_down(folder: Path) -> 
         known, reader = context.known, context.reader("decompose")
 
         def linear(number: int, role: str, name: str) -> torch.nn.Module:
-            weight = packed_map(context, reader, "decompose", number, role).dequantized()
+            weight, left = packed_map(context, reader, "decompose", number, role).dequantized(), None
             if kept is not None and number == layer:
-                weight = slice_rows_or_columns(weight, role, kept.kept_indices(0, role))
-            return dense_linear(weight, None)
+                indices = kept.kept_indices(0, role)
+                if bias and role in ("o", "down"):
+                    mean = context.reader("calibrate", "moments").read(f"{name}.mean")
+                    left = mean_bias(role, weight, mean, indices, known.architecture.layers[layer])
+                weight = slice_rows_or_columns(weight, role, indices)
+            return dense_linear(weight, left)
 
         config = load_config(folder / "model")
         model = build(config, known.architecture, linear, reader.read_float, device="cpu").double()
