@@ -7,12 +7,14 @@ The base is the model decomposed to 4 bits, whose codes are sliced. After: slot 
 generic text by every method, `--steps` of 4 rows of 256 tokens, to predict what the original predicts; of the methods
 named lora, LoRAPrune's loop takes the first half of these steps and alignment the second. `lora-published` starts
 adapters as LoRA does and counts the term that is quadratic in the gradients, `lora` sees columns from their side.
-`allocated` is `activation` with widths of each layer chosen by the integer programme, all others prune every layer
-alike. The methods named after a pattern take single entries, the same share of every linear map, where the pattern has
-that share and fits the model's inputs: they save no memory, and stand beside the others, not among them. Ratio is
-perplexity over that of the unpruned, unquantised model, spread its standard error over windows; the last row of a
-reduction is the best of ours (lora, activation, allocated) over the lowest of the others, after alignment. Text and
-models: benchmarks/perplexity.py.
+`allocated` is `activation` with widths of each layer chosen by the integer programme from measured losses,
+`allocated-scores` from sums of scores alone; `bias` is FLAP's score with what goes leaving its mean behind,
+`allocated-bias` the same with allocated widths; all others prune every layer alike. The methods named after a pattern
+take single entries, the same share of every linear map, where the pattern has that share and fits the model's inputs:
+they save no memory, and stand beside the others, not among them. Ratio is perplexity over that of the unpruned,
+unquantised model, spread its standard error over windows; the last row of a reduction is the best of ours (lora,
+activation, allocated in any way) over the lowest of the others, after alignment. Text and models:
+benchmarks/perplexity.py.
 """
 
 import argparse
@@ -34,9 +36,9 @@ from qlora_pipe.hf.sequences import Row as Tokens
 from qlora_pipe.stages.models import aligned_model, pruned_model
 
 REDUCTIONS = (0.1, 0.2, 0.3, 0.5)
-OURS = ("lora", "activation", "allocated")
+OURS = ("lora", "activation", "allocated", "allocated-scores", "allocated-bias")
 OTHERS = ("random", "magnitude", "taylor", "wanda", "flap")
-RIVALS = (*OTHERS, "lora-published")
+RIVALS = (*OTHERS, "lora-published", "bias")
 PATTERNS = {"unstructured": None, "2:4": 0.5, "4:8": 0.5}
 """Patterns of single entries and the one share that they have."""
 BATCH = {"batch_size": 4, "length": 256}
@@ -56,7 +58,11 @@ def methods(steps: int) -> dict[str, tuple[str, ...]]:
         for pattern in PATTERNS
         for by in ("sparsegpt", "wanda")
     }
-    return found | {"allocated": (*allocated, *aligned)} | entries
+    found["allocated"] = (*allocated, *aligned)
+    found["allocated-scores"] = (*allocated, *setting("prune", losses="scores"), *aligned)
+    found["bias"] = (*setting("prune", method="flap", bias=True), *aligned)
+    found["allocated-bias"] = (*found["bias"], *setting("prune", widths="allocated"))
+    return found | entries
 
 
 def removing(name: str, share: float, align: int) -> tuple[str, ...] | None:

@@ -57,7 +57,18 @@ class Prune(PrunedEntries):
         description="true reduction: share of the blocks' parameters that goes at least; null: kv_ratio and ffn_ratio",
     )
     widths: Literal["uniform", "allocated"] = Field(
-        "uniform", description="allocated: each layer's widths by the least total score that goes, under ratio"
+        "uniform", description="allocated: each layer's own, by the least total loss under ratio"
+    )
+    losses: Literal["measured", "scores"] = Field(
+        "measured",
+        description="what allocated widths cost; measured: the least a layer may keep by how far predictions of "
+        "generic text move, with the model in memory, in between by scores; scores: by these alone",
+    )
+    tokens: Positive = Field(2048, description="scored tokens of generic text that losses are measured on, at most")
+    bias: bool = Field(
+        False,
+        description="true: what goes leaves its mean on the calibration text behind (FLAP), as biases of o and down; "
+        "the small model then loads once qlora_pipe is imported",
     )
     kv_ratio: Fraction = Field(0.0, description="nominal share of the KV groups removed per layer, without ratio")
     ffn_ratio: Fraction = Field(0.25, description="nominal share of the FFN channels removed per layer, without ratio")
@@ -90,14 +101,16 @@ class Prune(PrunedEntries):
         return self
 
     @model_validator(mode="after")
-    def _allocated_widths_need_a_budget_and_comparable_scores(self) -> "Prune":
+    def _allocated_widths_need_a_budget_and_comparable_losses(self) -> "Prune":
         if self.widths == "allocated":
             if self.ratio is None:
                 raise ValueError("widths: allocated needs a budget: set ratio, the share of the parameters that goes")
-            if self.method in ("lora", "magnitude", "random"):
+            if self.method == "lora":
+                raise ValueError("method: lora masks groups to widths it knows before: choose widths: uniform")
+            if self.compares_scores and self.method in ("magnitude", "random"):
                 raise ValueError(
-                    f"method: {self.method} gives scores that cannot be compared across layers, which widths: "
-                    "allocated does; choose activation, wanda, flap or taylor, or widths: uniform"
+                    f"method: {self.method} gives scores that cannot be compared across layers, which losses: scores "
+                    "does; choose activation, wanda, flap or taylor, or losses: measured"
                 )
         return self
 
@@ -105,6 +118,21 @@ class Prune(PrunedEntries):
     def removes(self) -> bool:
         """Whether any structure goes."""
         return bool(self.kv_ratio or self.ffn_ratio if self.ratio is None else self.ratio)
+
+    @property
+    def leaves_bias(self) -> bool:
+        """Whether o and down get biases."""
+        return self.bias and self.removes
+
+    @property
+    def compares_scores(self) -> bool:
+        """Whether scores of different layers and kinds are set against each other."""
+        return self.widths == "allocated" and self.losses == "scores"
+
+    @property
+    def measures(self) -> bool:
+        """Whether losses are measured."""
+        return self.widths == "allocated" and self.losses == "measured" and self.removes
 
 
 class Optimisation(Section):
@@ -227,7 +255,9 @@ class Export(Section):
 
     peft: bool = Field(True, description="the adapter for the full model, a stock PEFT folder")
     merged: bool = Field(True, description="the full model with the adapter added")
-    small: bool = Field(True, description="the pruned and trained model; needs equal widths in every layer")
+    small: bool = Field(
+        True, description="the pruned and trained model; unless all layers are of equal widths, only we load it"
+    )
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="of exported dense weights")
 
 
@@ -280,23 +310,6 @@ class Config(Section):
             refine=self.refine.enabled,
             grids=self.decompose.grids,
         )
-        return self
-
-    @model_validator(mode="after")
-    def _small_has_equal_widths(self) -> "Config":
-        prune = self.prune
-        if not (self.export.small and prune.removes):
-            return self
-        if prune.widths == "allocated":
-            raise ValueError(
-                "export.small needs equal widths in every layer, but prune.widths: allocated gives each layer its own: "
-                "set export.small to false, or prune.widths to uniform"
-            )
-        if prune.protect_first or prune.protect_last:
-            raise ValueError(
-                "export.small needs equal widths in every layer, but prune.protect_first or "
-                "prune.protect_last keeps some layers whole: set both to 0, or export.small to false"
-            )
         return self
 
 

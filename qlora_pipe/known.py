@@ -17,7 +17,7 @@ from qlora_pipe.reading import read_by
 from qlora_pipe.rules import Narrowed, narrow
 from qlora_pipe.sparsity import check_divides
 from qlora_pipe.units import parse_budget
-from qlora_pipe.widths import narrowed, offered, prunable, small_architecture
+from qlora_pipe.widths import narrowed, offered, prunable, small_architecture, with_biases
 from quant.exceptions import ShapeError
 from quant.storage import Choice, PackedShape
 
@@ -65,9 +65,8 @@ class Known:
     @cached_property
     def small(self) -> Architecture:
         """The architecture after pruning: exact where `is_final`, else a guess at widths that scores decide."""
-        if self.kept is not None:
-            return self.architecture.with_layers(self.kept)
-        return small_architecture(self.architecture, self.config.prune)
+        layers = self.kept or small_architecture(self.architecture, self.config.prune).layers
+        return with_biases(self.architecture.with_layers(layers), self.config.prune)
 
     @property
     def is_final(self) -> bool:

@@ -75,6 +75,10 @@ def _work(stage: str, known: Known) -> _Work:
         slot = layouts.tensor_bytes(layouts.adapter(full, config.align.rank))
         trained = layouts.tensor_bytes(known.decomposed()) + _TRAINED_COPIES * slot
         return _Work(trained + _batch(known, full, config.align.rank, config.guide) + matrix, stream)
+    if stage == "select" and config.prune.measures:
+        tokens = max(EVALUATION_TOKENS, config.calibrate.length)
+        passing = _passing(full, tokens) + 2 * _head(known, tokens) + _FLOAT * config.prune.tokens * full.hidden
+        return _Work(layouts.tensor_bytes(known.decomposed()) + passing, max(matrix, stream))
     if stage in ("select", "prune"):
         return _Work(0, max(matrix + _masking(known), stream))
     if stage == "refine" and config.refine.enabled:

@@ -12,6 +12,7 @@ def read_by(stage: str, config: Config, full_packed: str) -> tuple[str, ...]:
     small = ("prune", "align") if config.compensates else ("prune",)
     trained = compact or (*small, "train")
     moments = () if config.prune.method in ("lora", "magnitude", "random") else ("calibrate",)
+    means = ("calibrate",) if config.prune.leaves_bias else ()
     original = ("source",) if sparse else ()
     guided = ("select",) if config.prune.method == "lora" else ()
     teacher = ("source",) if config.align.teacher == "original" else ()
@@ -23,7 +24,7 @@ def read_by(stage: str, config: Config, full_packed: str) -> tuple[str, ...]:
         "decompose": ("source", "calibrate"),
         "refine": ("source", "decompose") if config.refine.enabled else (),
         "select": (full_packed, *moments, *original),
-        "prune": (full_packed, *(("source", "calibrate", "select") if sparse else ())),
+        "prune": (full_packed, *(("source", "calibrate", "select") if sparse else means)),
         "align": (*guided, *aligning),
         "train": small,
         "compact": ("source", *small[1:], "train") if compact else (),

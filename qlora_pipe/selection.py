@@ -5,7 +5,7 @@ kept.json says which groups stay; scores.json and table.json why; selection.json
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,16 @@ from qlora_pipe.architectures import Architecture
 from qlora_pipe.artifacts.manifest import Manifest
 from qlora_pipe.config import Prune
 from qlora_pipe.errors import ArtifactError
-from qlora_pipe.widths import KINDS, group_sizes, offered, parameters_to_go, prunable, reduction, small_architecture
+from qlora_pipe.widths import (
+    KINDS,
+    bias_parameters,
+    group_sizes,
+    offered,
+    parameters_to_go,
+    prunable,
+    reduction,
+    small_architecture,
+)
 from solver import CertificateError, Item, Problem, Solution, check, solve
 from solver import Choice as Option
 
@@ -30,15 +39,33 @@ Scores = Sequence[Mapping[str, Tensor]]
 Table = Mapping[str, Sequence[Mapping[str, Any]]]
 """Name of a layer's kind of groups to rows: `width`, the groups left; `parameters` they have; `loss` of what goes."""
 
+Measured = Mapping[str, float]
+"""Name, as in a table, to how far predictions move (nats a token) with the least of it that may stay."""
+
 Counts = list[tuple[int, int]]
 """KV groups and FFN channels that stay of every layer."""
 
 
-def tabulate(scores: Scores, architecture: Architecture, settings: Prune) -> dict[str, list[dict[str, Any]]]:
+def probes(scores: Scores, architecture: Architecture, settings: Prune) -> Iterator[tuple[str, int, str, IndexMap]]:
+    """(name in the table, layer, kind, what stays) of every kind of groups in turn at the least width it may have, its
+    layer otherwise whole; not where it may only stay as it is. Raises PruneError as `tabulate`."""
+    for layer in prunable(architecture, settings):
+        shape = architecture.layers[layer]
+        check_scores(scores[layer], shape, layer)
+        for kind in KINDS:
+            least = offered(shape, kind, settings)[0]
+            if least < shape.group_count(kind):
+                counts = (least, shape.ffn) if kind == "kv" else (shape.kv_heads, least)
+                yield _name(layer, kind), layer, kind, keep_best([scores[layer]], [shape], [counts])
+
+
+def tabulate(
+    scores: Scores, architecture: Architecture, settings: Prune, measured: Measured | None = None
+) -> dict[str, list[dict[str, Any]]]:
     """What each width would cost, for every layer that is not protected, in the order of the model.
 
-    A loss is the sum of the scores of the groups that go. Raises PruneError, naming layer and kind, where a score is
-    missing, misshapen or not finite.
+    A loss is the sum of the scores of the groups that go, in proportion to what was `measured` without all of them
+    that may. Raises PruneError, naming layer and kind, where a score is missing, misshapen or not finite.
     """
     free = prunable(architecture, settings)
     rows: dict[str, list[dict[str, Any]]] = {}
@@ -49,7 +76,7 @@ def tabulate(scores: Scores, architecture: Architecture, settings: Prune) -> dic
             rows[_name(layer, kind)] = [
                 {"width": width, "parameters": width * sizes[kind]} for width in offered(shape, kind, settings)
             ]
-    losses = _losses(scores, rows, density=_is_density(settings.method, settings.widths))
+    losses = _losses(scores, rows, density=settings.compares_scores and settings.method == "flap", measured=measured)
     for name, entries in rows.items():
         for row, loss in zip(entries, losses[name], strict=True):
             row["loss"] = loss
@@ -82,21 +109,30 @@ def pose(table: Table, to_go: int) -> Problem:
 
 
 def record(
-    table: Table, kept: IndexMap, solution: Solution | None, architecture: Architecture, settings: Prune, model: str
+    table: Table,
+    kept: IndexMap,
+    solution: Solution | None,
+    architecture: Architecture,
+    settings: Prune,
+    model: str,
+    measured: Measured | None = None,
 ) -> dict[str, Any]:
     """The body of selection.json. Reductions are shares of the blocks' parameters, `nominal` of the groups in layers
     that are not protected; `loss` and `loss_uniform` are sums over the table, the latter of the even widths.
     """
     layers = kept.kept_shapes
     even = small_architecture(architecture, settings)
-    full, small = architecture.block_parameters(), even.with_layers(layers).block_parameters()
+    full, added = architecture.block_parameters(), bias_parameters(architecture, settings)
+    small = even.with_layers(layers).block_parameters() + added
     return {
         "method": settings.method,
         "widths": settings.widths,
+        "losses": settings.losses,
+        "measured": measured,
         "ratio": settings.ratio,
         "model": model,
         "index_map": kept.digest(),
-        "parameters": {"blocks": full, "kept": small},
+        "parameters": {"blocks": full, "kept": small, "biases": added},
         "true_reduction": reduction(full, small),
         "nominal": _nominal(layers, architecture.layers, prunable(architecture, settings)),
         "uniform": {name: _width(name, even.layers) for name in table},
@@ -154,15 +190,18 @@ def recheck(
     ValueError where something is missing or malformed.
     """
     values = [{kind: torch.tensor(each, dtype=torch.float64) for kind, each in layer.items()} for layer in scores]
-    for name, losses in _losses(values, table, density=_is_density(body["method"], body["widths"])).items():
+    density = (body["method"], body["widths"], body["losses"]) == ("flap", "allocated", "scores")
+    for name, losses in _losses(values, table, density=density, measured=body["measured"]).items():
         if losses != [row["loss"] for row in table[name]]:
-            raise CertificateError(f"table.json: the losses of {name} do not follow from scores.json")
+            raise CertificateError(
+                f"table.json: the losses of {name} do not follow from scores.json, and selection.json's `measured`"
+            )
     layers = kept.kept_shapes
     if keep_best(values, kept.original, [(shape.kv_heads, shape.ffn) for shape in layers]) != kept:
         raise CertificateError("kept.json does not keep the groups of the highest scores")
     gone = sum(rows[-1]["parameters"] - _row(rows, width)["parameters"] for rows, width in _taken(table, layers))
-    full, small = body["parameters"]["blocks"], body["parameters"]["kept"]
-    stated = {"gone": full - small, "true_reduction": body["true_reduction"], "loss": body["loss"]}
+    full, small, added = (body["parameters"][key] for key in ("blocks", "kept", "biases"))
+    stated = {"gone": full - small + added, "true_reduction": body["true_reduction"], "loss": body["loss"]}
     found = {"gone": gone, "true_reduction": reduction(full, small), "loss": _total(table, layers)}
     for key, value in found.items():
         if stated[key] != value:
@@ -188,18 +227,14 @@ def _recheck_request(body: Mapping[str, Any], table: Table, kept: IndexMap, laye
             raise CertificateError(f"{key} does not follow from the table: expected {value}, found {body[key]}")
     if full - small < to_go:
         raise CertificateError(f"{full - small} parameters went, ratio {body['ratio']} asks for {to_go}")
-    if body["certificate"] is not None and body["certificate"]["to_go"] != to_go:
+    if body["certificate"] is not None and body["certificate"]["to_go"] != to_go + body["parameters"]["biases"]:
         raise CertificateError(f"to_go is not what ratio asks for: expected {to_go}")
 
 
-def _is_density(method: str, widths: str) -> bool:
-    """FLAP's standardised scores say what a parameter is worth rather than a group."""
-    return method == "flap" and widths == "allocated"
-
-
-def _losses(scores: Scores, table: Table, *, density: bool) -> dict[str, list[float]]:
-    """Losses of the table's rows. A density counts from the lowest of all, so that none is negative, and times the
-    parameters of a group: about as many go whatever is chosen, so that the starting point decides nothing.
+def _losses(scores: Scores, table: Table, *, density: bool, measured: Measured | None) -> dict[str, list[float]]:
+    """Losses of the table's rows. FLAP's standardised scores say what a parameter is worth rather than a group: such a
+    density counts from the lowest of all, so that none is negative, and times the parameters of a group: about as many
+    go whatever is chosen, so that the starting point decides nothing.
     """
     places = {name: _place(name) for name in table}
     lowest = min((float(scores[layer][kind].min()) for layer, kind in places.values()), default=0.0)
@@ -208,7 +243,10 @@ def _losses(scores: Scores, table: Table, *, density: bool) -> dict[str, list[fl
         rows, values = table[name], scores[layer][kind].double()
         if density:
             values = (values - lowest) * (rows[-1]["parameters"] // rows[-1]["width"])
-        found[name] = removal_losses(values, [row["width"] for row in rows])
+        losses = removal_losses(values, [row["width"] for row in rows])
+        if measured is not None and losses[0]:
+            losses = [measured[name] * (loss / losses[0]) for loss in losses]
+        found[name] = losses
     return found
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from prune.counting import counts_without, exact_ratio, group_parameters, kept_count, loram_kept, offered_counts
 from prune.exceptions import RatioError
-from prune.groups import LayerShape
+from prune.groups import PRUNED_AXIS, LayerShape
 from qlora_pipe.architectures import Architecture
 from qlora_pipe.config import Prune
 from qlora_pipe.errors import ConfigError
@@ -67,7 +67,19 @@ def reduction(full: int, small: int) -> float:
 
 def parameters_to_go(architecture: Architecture, settings: Prune) -> int:
     """Parameters of the blocks that have to go at least, so that the true reduction is never below `ratio`."""
-    return math.ceil(exact_ratio(settings.ratio or 0.0) * architecture.block_parameters())
+    wanted = math.ceil(exact_ratio(settings.ratio or 0.0) * architecture.block_parameters())
+    return wanted + bias_parameters(architecture, settings)
+
+
+def bias_parameters(architecture: Architecture, settings: Prune) -> int:
+    """Parameters that pruning adds: biases of the linear maps that have none yet."""
+    return with_biases(architecture, settings).block_parameters() - architecture.block_parameters()
+
+
+def with_biases(architecture: Architecture, settings: Prune) -> Architecture:
+    """The same with biases on o and down, if what goes leaves its mean there."""
+    readers = {role for role, axis in PRUNED_AXIS.items() if axis == "columns"}
+    return replace(architecture, biased=architecture.biased | readers) if settings.leaves_bias else architecture
 
 
 def _by_ratios(architecture: Architecture, settings: Prune) -> dict[int, tuple[int, int]]:

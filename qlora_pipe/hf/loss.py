@@ -56,11 +56,21 @@ def summed_divergence(teacher: PreTrainedModel, model: PreTrainedModel, batch: d
     whose label is not IGNORED, a scalar; differentiable in the model. Peak bytes: as `summed_loss`, twice."""
     with torch.no_grad():
         wanted = predicting_states(teacher, batch)
-    states = predicting_states(model, batch)
+    return divergence(teacher, model, wanted, predicting_states(model, batch))
+
+
+def divergence(teacher: PreTrainedModel, model: PreTrainedModel, wanted: Tensor, states: Tensor) -> Tensor:
+    """The same from their final hidden states [positions, hidden], `wanted` the teacher's, that `predicting_states`
+    finds."""
     total = states.new_zeros(())
     for start in range(0, len(states), HEAD_ROWS):
         part = slice(start, start + HEAD_ROWS)
-        total = total + checkpoint(_head_divergence, model, teacher, states[part], wanted[part], use_reentrant=False)
+        inputs = (model, teacher, states[part], wanted[part])
+        total = total + (
+            checkpoint(_head_divergence, *inputs, use_reentrant=False)
+            if torch.is_grad_enabled()
+            else _head_divergence(*inputs)
+        )
     return total
 
 

@@ -131,10 +131,7 @@ def small_config(config: dict[str, Any], architecture: Architecture) -> dict[str
     """config.json of a pruned model with equal widths in every layer, as stock transformers reads it."""
     widths = set(architecture.layers)
     if len(widths) != 1:
-        raise SourceError(
-            "stock transformers needs equal widths in every layer, but the pruned layers differ; set "
-            "prune.protect_first and prune.protect_last to 0, or export.small to false"
-        )
+        raise SourceError("stock transformers needs equal widths in every layer, but the pruned layers differ")
     shape = widths.pop()
     return config | {
         "num_attention_heads": shape.heads,

@@ -39,8 +39,8 @@ class PackedConfig(QuantizationConfigMixin):
 
 @register_quantizer(METHOD)
 class PackedQuantizer(HfQuantizer):
-    """Puts packed modules where the stock architecture has linear maps and embeddings; transformers loads their
-    buffers like any other.
+    """Puts packed modules, and dense ones of other sides, where the stock architecture has linear maps and embeddings;
+    transformers loads their tensors like any other.
 
     `dtype` of from_pretrained is that of activations and of what is not packed; buffers keep their own. Peak bytes:
     the packed model.
@@ -90,21 +90,23 @@ def _check_sides(config: Any, packings: Mapping[str, Packing]) -> None:
 
 
 def _packed(model: nn.Module, name: str, packing: Packing) -> nn.Module:
-    """What takes the place of module `name`; raises SourceError if nothing packed can."""
+    """What takes the place of module `name`, without memory; raises SourceError if nothing can."""
     try:
         place = model.get_submodule(name)
     except AttributeError:
         place = None
     if isinstance(place, nn.Linear):
-        sides, bias = (place.out_features, place.in_features), place.bias is not None
-    elif isinstance(place, nn.Embedding):
+        sides, bias = (place.out_features, place.in_features), packing.bias or place.bias is not None
+    elif isinstance(place, nn.Embedding) and packing.choice is not None and not packing.bias:
         sides, bias = (place.num_embeddings, place.embedding_dim), False
     else:
         raise SourceError(
-            f"quantization_config packs {name}, but {type(model).__name__} has no linear map there, and no embedding; "
+            f"quantization_config speaks of {name}, but {type(model).__name__} has no such linear map or embedding; "
             "load the folder with AutoModelForCausalLM, and keep its config.json as it was written"
         )
     rows, columns = packing.sides or sides
+    if packing.choice is None:
+        return nn.Linear(columns, rows, bias, device="meta", dtype=place.weight.dtype)
     shape = PackedShape(columns, rows, packing.choice, packing.transposed, bias)
     try:
         return packed_like(place, shape, place.weight.dtype)
@@ -113,13 +115,18 @@ def _packed(model: nn.Module, name: str, packing: Packing) -> nn.Module:
 
 
 def _check_tensors(model: Any, files: list[str]) -> None:
-    """Every tensor of `model` is in `files`, packed ones in their own dtype; SourceError before any is read.
+    """Every tensor of `model` is in `files`, packed ones in their own dtype, and no bias it lacks; SourceError before
+    any is read.
 
-    transformers itself would draw a missing tensor at random and say so in a warning.
+    transformers itself would draw a missing tensor at random, leave a bias out, and say so in a warning.
     """
     found = {name: place.spec for file in files for name, place in read_header(Path(file)).items()}
     packed = {name for name, module in model.named_modules() if isinstance(module, PackedMatrix)}
-    for name, tensor in model.state_dict().items():
+    state = model.state_dict()
+    for name in found.keys() - state.keys():
+        if name.endswith(".bias"):
+            raise SourceError(f"{files[0]}: config.json has no place for the tensor {name}; fetch the folder again")
+    for name, tensor in state.items():
         if name not in found:
             if name in model.all_tied_weights_keys:
                 continue

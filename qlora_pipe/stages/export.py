@@ -11,11 +11,10 @@ from qlora_pipe.architectures import Architecture
 from qlora_pipe.artifacts.tensors import TensorReader
 from qlora_pipe.exporters.dense import write_dense
 from qlora_pipe.exporters.peft import write_peft
-from qlora_pipe.hf.model import small_config
 from qlora_pipe.sources import base_name, read_config
 from qlora_pipe.stages.base import Context, Stage
 from qlora_pipe.stages.models import integer_weight
-from qlora_pipe.stages.packing import read_factors, read_packed
+from qlora_pipe.stages.packing import read_factors, read_packed, small_settings
 from qlora_pipe.stages.train import strength
 
 Read = Callable[[str], Tensor]
@@ -44,7 +43,7 @@ def run(context: Context) -> None:
         exported["merged"] = {"weights": f"{config.recover.base} + adapter", "dtype": config.export.dtype}
     if config.export.small:
         read = _integers(context) if config.compact.enabled else _small(context)
-        _dense(context, "small", read, small_config(base_config, known.small))
+        _dense(context, "small", read, small_settings(context, {}))
         slots = "adapters" if config.compensates else "adapter"
         quantised = "sparse Q" if config.prune.sparsity.enabled else "Q"
         trained = "L4Q integers, dequantised" if config.compact.enabled else f"{quantised} + L1 L2 + {slots}"
@@ -124,7 +123,7 @@ def _small(context: Context) -> Read:
 
 STAGE = Stage(
     "export",
-    2,
+    3,
     ("source", "allocate", "decompose", "refine", "prune", "align", "train", "compact", "recover"),
     lambda config: (
         config.export.model_dump(mode="json")

@@ -118,13 +118,15 @@ def sliced_base_model(context: Context, make: Make, wrap: Wrap | None = None) ->
 
 
 def sliced_base_weight(context: Context, layer: int, role: str, name: str) -> tuple[Tensor, Tensor | None]:
-    """W0[I, J] and its bias, in the compute dtype."""
+    """W0[I, J] and the bias it has in the small model, in the compute dtype."""
     reader, kept = context.base_reader, context.index_map.kept_indices(layer, role)
     weight = slice_rows_or_columns(reader.read_float(f"{name}.weight", context.dtype), role, kept)
-    if role not in context.known.architecture.biased:
+    if role not in context.known.small.biased:
         return weight, None
-    bias = reader.read_float(f"{name}.bias", context.dtype)
-    return weight, slice_bias(bias, role, kept) if PRUNED_AXIS[role] == "rows" else bias
+    if PRUNED_AXIS[role] == "columns":
+        # What went may have left its mean there.
+        return weight, context.reader("prune").read_float(f"{name}.bias", context.dtype)
+    return weight, slice_bias(reader.read_float(f"{name}.bias", context.dtype), role, kept)
 
 
 def with_adapter(read: Callable[[str], Tensor], strength: float, dtype: torch.dtype) -> Wrap:

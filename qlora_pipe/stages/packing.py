@@ -1,6 +1,8 @@
 """Between artifacts and numerics: packed linear maps from the tensors on disk."""
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -8,8 +10,9 @@ from torch import Tensor, nn
 from qlora_pipe.artifacts.tensors import TensorWriter, torch_dtype_of
 from qlora_pipe.errors import StageError
 from qlora_pipe.exporters.packed import write_packed_settings
+from qlora_pipe.hf.model import small_config
 from qlora_pipe.hf.packed import packed_like
-from qlora_pipe.packed_config import Packing
+from qlora_pipe.packed_config import Packing, to_json
 from qlora_pipe.sources import read_config
 from qlora_pipe.stages.base import Context
 from quant.embedding import quantize_rows
@@ -53,6 +56,26 @@ def packings_of(context: Context, stage: str) -> dict[str, Packing]:
     for layer, role, name in known.architecture.linears():
         shapes[name] = known.packed_shape(stage, layer, role)
     return {name: Packing(shape.choice, shape.transposed) for name, shape in shapes.items()}
+
+
+def small_settings(context: Context, packings: Mapping[str, Packing]) -> dict[str, Any]:
+    """config.json of the small model, with a `quantization_config` for `packings` by module name, none if it is dense.
+
+    It has the small widths if all layers have the same; else the original ones, which the sides of
+    `quantization_config` correct map by map, as it adds the biases that pruning left."""
+    small, config = context.known.small, read_config(context.base)
+    found = dict(packings)
+    if len(set(small.layers)) == 1:
+        config = small_config(config, small)
+    else:
+        implied = context.known.architecture.linear_shapes()
+        for name, sides in small.linear_shapes().items():
+            if sides != implied[name]:
+                found[name] = replace(found.get(name, Packing()), sides=sides)
+    for _, role, name in small.linears():
+        if role in small.biased - context.known.architecture.biased:
+            found[name] = replace(found.get(name, Packing()), bias=True)
+    return config | {"quantization_config": to_json(found)} if found else config
 
 
 def _packed_table(context: Context, tensor: str, shape: PackedShape) -> dict[str, Tensor]:

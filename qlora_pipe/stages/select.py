@@ -13,11 +13,15 @@ from prune.moments import variance
 from prune.saliency import GroupScores, activation, random, wanda
 from prune.select import keep_best
 from prune.taylor import gates
+from qlora_pipe import datasets
 from qlora_pipe.architectures import linear_name
 from qlora_pipe.config import Config
 from qlora_pipe.errors import StageError
+from qlora_pipe.hf.masked import Removal
 from qlora_pipe.hf.ramp import Ramp
-from qlora_pipe.selection import decide, record, scores_to_json, tabulate
+from qlora_pipe.hf.sequences import take
+from qlora_pipe.hf.tokens import load_tokenizer, rows
+from qlora_pipe.selection import Scores, decide, probes, record, scores_to_json, tabulate
 from qlora_pipe.stages.base import Context, Stage, alike, computing
 from qlora_pipe.stages.models import full_packed_model, packed_map, packed_modules
 from qlora_pipe.stages.sparse import select_masks
@@ -29,20 +33,23 @@ Weight = Callable[[str], Tensor]
 
 
 def run(context: Context) -> None:
-    """Peak bytes: one layer's packed tensors and one dense matrix of it; with the method lora the packed model, slot C
-    with its optimiser state, activations of one batch and one dense matrix; of single entries as `select_masks`."""
+    """Peak bytes: one layer's packed tensors and one dense matrix of it; where losses are measured the packed model and
+    a forward pass; with the method lora the packed model, slot C with its optimiser state, activations of one batch and
+    one dense matrix; of single entries as `select_masks`."""
     settings, architecture = context.config.prune, context.known.architecture
     if settings.sparsity.enabled:
         select_masks(context)
         return
     try:
         scores = _guided(context) if settings.method == "lora" else _scores(context)
-        table = tabulate(scores, architecture, settings)
+        measured = _measured(context, scores) if settings.measures else None
+        table = tabulate(scores, architecture, settings, measured)
         counts, solution = decide(table, architecture, settings)
         kept = keep_best(scores, architecture.layers, counts)
     except PruneError as error:
         raise StageError(f"select: {error}") from error
-    body = record(table, kept, solution, architecture, settings, context.inputs["source"].manifest.inputs["model"])
+    model = context.inputs["source"].manifest.inputs["model"]
+    body = record(table, kept, solution, architecture, settings, model, measured)
     context.write_json("scores.json", scores_to_json(scores))
     context.write_json("table.json", table)
     context.write_json("kept.json", kept.to_json())
@@ -76,6 +83,34 @@ def _scores(context: Context) -> list[dict[str, Tensor]]:
     return found
 
 
+def _measured(context: Context, scores: Scores) -> dict[str, float]:
+    """How far predictions of generic text move (nats a token) with each layer's KV groups, and its FFN channels, at
+    their least."""
+    config, known = context.config, context.known
+    settings, dataset = config.prune, config.data.calibration
+    found = take(
+        rows(
+            load_tokenizer(context.base),
+            datasets.load(dataset, "train", config.seed),
+            length=config.calibrate.length,
+            count=max(1, settings.tokens // config.calibrate.length),
+            name=f"{dataset.source} (data.calibration)",
+        ),
+        settings.tokens,
+    )
+    moments = context.reader("calibrate", "moments")
+    removal, losses = Removal(full_packed_model(context), found), {}
+    tried = list(probes(scores, known.architecture, settings))
+    with context.reporter.progress("measuring losses", len(tried)) as advance:
+        for name, layer, kind, kept in tried:
+            role = "o" if kind == "kv" else "down"
+            place = linear_name(layer, role)
+            mean = moments.read(f"{place}.mean") if settings.bias else None
+            losses[name] = removal.divergence(place, kept.kept_indices(0, role), mean)
+            advance()
+    return losses
+
+
 def _guided(context: Context) -> list[dict[str, Tensor]]:
     """Scores behind the last masks of LoRAPrune's loop; slot C, as it is when the loop ends, is written."""
     config, known = context.config, context.known
@@ -105,7 +140,7 @@ def _magnitude(weight: Weight, shape: LayerShape) -> dict[str, Tensor]:
 def _by_moments(context: Context, layer: int, weight: Weight, shape: LayerShape) -> dict[str, Tensor]:
     """Scores from what calibration saw at the inputs of o and down."""
     settings, reader = context.config.prune, context.reader("calibrate", "moments")
-    across = settings.widths == "allocated"
+    across = settings.compares_scores
     found = {}
     for kind, role in (("kv", "o"), ("ffn", "down")):
         name = linear_name(layer, role)
@@ -116,8 +151,8 @@ def _by_moments(context: Context, layer: int, weight: Weight, shape: LayerShape)
             seen = role, weight(role), variance(squares, reader.read(f"{name}.mean")), shape
             found[kind] = standardised(role, fluctuation(*seen), shape) if across else flap(*seen)
         else:
-            score = activation if settings.method == "activation" else wanda
-            found[kind] = score(role, weight(role), squares, shape, reader.read(f"{name}.gradient") if across else None)
+            by = activation if settings.method == "activation" else wanda
+            found[kind] = by(role, weight(role), squares, shape, reader.read(f"{name}.gradient") if across else None)
     return found
 
 
@@ -132,9 +167,13 @@ def _told(body: Mapping[str, Any]) -> str:
 def _settings(config: Config) -> dict[str, Any]:
     if config.prune.sparsity.enabled:
         return {"sparsity": config.prune.sparsity.model_dump(mode="json")}
-    # A preset is what it stands for, and the solver's time is not spent on uniform widths.
-    left_out = {"preset", "sparsity"} | ({"time_limit"} if config.prune.widths == "uniform" else set())
+    # A preset is what it stands for, the solver's time is not spent on uniform widths, and text is read to measure.
+    allocated, measures = config.prune.widths == "allocated", config.prune.measures
+    left_out = {"preset", "sparsity"}
+    left_out |= (set() if allocated else {"losses", "time_limit"}) | (set() if measures else {"tokens"})
     found = {"seed": config.seed} | config.prune.model_dump(mode="json", exclude=left_out)
+    if measures:
+        found |= computing(config) | {"length": config.calibrate.length}
     if config.prune.method == "lora":
         slot = {"rank": config.align.rank, "alpha": config.align.alpha}
         found |= computing(config) | {"guide": config.guide.model_dump(mode="json", exclude={"save_steps"}) | slot}
@@ -143,10 +182,12 @@ def _settings(config: Config) -> dict[str, Any]:
 
 STAGE = Stage(
     "select",
-    1,
+    2,
     ("source", "calibrate", "allocate", "decompose", "refine"),
     _settings,
     run,
-    lambda config: {"calibration": config.data.calibration} if config.prune.method == "lora" else {},
+    lambda config: (
+        {"calibration": config.data.calibration} if config.prune.method == "lora" or config.prune.measures else {}
+    ),
     work=lambda context: alike(run)(context) if context.config.prune.method == "lora" else None,
 )

@@ -78,7 +78,7 @@ def test_planned_bytes_are_written_bytes(finished: Path) -> None:
 @pytest.mark.parametrize("method", ["flap", "taylor"])
 def test_widths_that_the_solver_chose_go_through_the_chain(finished: Path, tmp_path: Path, method: str) -> None:
     """Layers of different widths: trained, compacted and recovered, and every byte planned once they are known."""
-    overrides = ("prune.ratio=0.3", "prune.widths=allocated", f"prune.method={method}", "export.small=false")
+    overrides = ("prune.ratio=0.3", "prune.widths=allocated", f"prune.method={method}")
     run = tmp_path / "run"
     artifacts = compile_model(load(finished / "tiny.yaml", (*overrides, f"run={run}")), Recorder())
     assert tuple(artifacts) == CHAIN

@@ -160,7 +160,7 @@ def test_ratio_that_empties_a_layer(folder: Path, setting: str, word: str) -> No
         ),
         (["prune.ratio=0.1", "prune.protect_first=2"], ["cover all 2 layers"]),
         (
-            ["prune.ratio=0.1", "prune.widths=allocated", "prune.method=magnitude"],
+            ["prune.ratio=0.1", "prune.widths=allocated", "prune.losses=scores", "prune.method=magnitude"],
             ["magnitude", "across layers"],
         ),
         (["prune.widths=allocated"], ["prune", "set ratio"]),

@@ -197,13 +197,13 @@ def _widen(body: dict[str, Any]) -> None:
     ("change", "says"),
     [
         (lambda body: body.update(version=1), "sides .* in version 1"),
-        (lambda body: body.update(version=3), "expected version 1 or 2, found 3"),
+        (lambda body: body.update(version=3), "sides .* in version 3, which belong to 2"),
         (_set("self_attn.q", [-32, 64]), "above 0"),
         (_set("self_attn.q", [48, 64]), r"q_proj: expected sides \[32, 64\]"),
         (_set("self_attn.k", [32, 64]), r"q_proj: expected sides \[64, 64\]"),
         (_set("mlp.up", [64, 128]), r"up_proj: expected sides \[\d+, 64\]"),
         (lambda body: body["sides"].pop("model.layers.1.mlp.up_proj"), "up_proj: expected sides"),
-        (lambda body: body["sides"].update({NINTH: [64, 64]}), "KeyError"),
+        (lambda body: body["sides"].update({NINTH: [64, 64]}), "in version 2, which belong to 3"),
         (
             lambda body: (body["sides"].update({NINTH: [64, 64]}), body["modules"].update({NINTH: 0})),
             "layers.9.mlp.up_proj: expected a linear map of a block, found none",

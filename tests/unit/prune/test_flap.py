@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from prune.exceptions import PruneError
-from prune.flap import flap, fluctuation, standardised
+from prune.flap import flap, fluctuation, mean_bias, standardised
 from prune.groups import LayerShape, shape_of
+from prune.slice import slice_rows_or_columns
 
 # 300 rows cross the row block of the sums.
 SHAPES = {
@@ -82,3 +83,41 @@ def test_bad_input_is_refused() -> None:
         flap("o", weight, -torch.ones(6), shape)
     with pytest.raises(PruneError, match=r"o has 6 channels that can go, found values \(5,\)"):
         standardised("o", torch.ones(5), shape)
+
+
+@pytest.mark.parametrize(("family", "role"), CASES)
+def test_the_mean_of_what_goes_is_the_slow_loop(family: str, role: str) -> None:
+    shape, weight, inputs = problem(family, role)
+    mean, width = inputs.mean(dim=0).float(), weight.shape[1]
+    kept, bias = torch.arange(0, width, 2), torch.randn(len(weight))
+    gone = [j for j in range(width) if j % 2]
+    slow = [sum(row[j] * mean[j].item() for j in gone) for row in weight.tolist()]
+    found = mean_bias(role, weight, mean, kept, shape)
+    torch.testing.assert_close(found, torch.tensor(slow), rtol=1e-6, atol=1e-6)
+    both = mean_bias(role, weight, mean, kept, shape, bias)
+    torch.testing.assert_close(both, torch.tensor(slow) + bias, rtol=1e-6, atol=1e-6)
+    assert not mean_bias(role, weight, mean, torch.arange(width), shape).any()
+
+
+@pytest.mark.parametrize(("family", "role"), CASES)
+def test_inputs_that_never_vary_are_not_missed(family: str, role: str) -> None:
+    """The cut layer with its bias is the whole one where what goes is constant, and is not without."""
+    shape, weight, inputs = problem(family, role)
+    kept = torch.arange(0, weight.shape[1], 2)
+    inputs[:, 1::2] = inputs[0, 1::2]
+    bias = mean_bias(role, weight, inputs.mean(dim=0), kept, shape)
+    whole = inputs @ weight.T.double()
+    cut = inputs[:, kept] @ slice_rows_or_columns(weight, role, kept).T.double()
+    torch.testing.assert_close(cut + bias, whole, rtol=1e-6, atol=1e-5)
+    assert (cut - whole).abs().max() > 0.1
+
+
+def test_a_mean_that_does_not_fit_is_refused() -> None:
+    shape, weight, inputs = problem("gqa", "down")
+    mean, kept = inputs.mean(dim=0), torch.arange(4)
+    with pytest.raises(PruneError, match="found down with"):
+        mean_bias("down", weight, mean[1:], kept, shape)
+    with pytest.raises(PruneError, match="expected o or down"):
+        mean_bias("up", weight, mean, kept, shape)
+    with pytest.raises(PruneError, match="strictly ascending"):
+        mean_bias("down", weight, mean, kept.flip(0), shape)

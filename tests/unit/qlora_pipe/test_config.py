@@ -8,6 +8,7 @@ from qlora_pipe.config import Config, Section
 from qlora_pipe.config_data import Dataset
 from qlora_pipe.known import choices_for
 
+ALLOCATED = {"ratio": 0.1, "widths": "allocated"}
 SMALLEST: dict[str, Any] = {"model": "m", "data": {"calibration": "a.txt", "task": "b.txt"}}
 
 
@@ -61,13 +62,11 @@ def test_no_adapter_at_all_is_always_tried() -> None:
         ({"decompose": {"bits": [5]}}, "2, 3, 4 or 8"),
         ({"decompose": {"budget": "2.75"}}, "a budget such as 2.75bits"),
         ({"memory": {"host": "24"}}, "a size such as 24GB"),
-        ({"prune": {"protect_first": 1}}, "equal widths"),
         ({"guide": {"start": 0.6, "cooldown": 0.4}}, "leave some to prune in"),
-        ({"prune": {"protect_first": 1, "ffn_ratio": 0.0, "ratio": 0.1}}, "protect_last keeps some layers whole"),
-        ({"prune": {"ratio": 0.1, "widths": "allocated"}}, "allocated gives each layer its own: set export.small to f"),
         ({"prune": {"widths": "allocated"}}, "allocated needs a budget: set ratio"),
-        ({"prune": {"ratio": 0.1, "widths": "allocated", "method": "magnitude"}}, "magnitude gives scores that cannot"),
-        ({"prune": {"ratio": 0.1, "widths": "allocated", "method": "random"}}, "choose activation, wanda, flap or"),
+        ({"prune": ALLOCATED | {"losses": "scores", "method": "magnitude"}}, "magnitude gives scores that cannot"),
+        ({"prune": ALLOCATED | {"losses": "scores", "method": "random"}}, "choose activation, wanda, flap or"),
+        ({"prune": ALLOCATED | {"method": "lora"}}, "lora masks groups to widths it knows before"),
         ({"prune": {"ratio": 1.0}}, "less than 1"),
         ({"seed": -1}, "greater than or equal to 0"),
         ({"data": {"calibration": "a"}}, "Field required"),
@@ -86,11 +85,9 @@ def test_refused(settings: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize(
     "settings",
     [
-        {"prune": {"protect_first": 1}, "export": {"small": False}},
-        {"prune": {"protect_last": 1, "ffn_ratio": 0.0}},
-        {"prune": {"protect_last": 1, "ratio": 0.0}},
+        {"prune": {"protect_first": 1}},
         {"prune": {"ratio": 0.0, "widths": "allocated"}},
-        {"prune": {"ratio": 0.1, "widths": "allocated"}, "export": {"small": False}},
+        {"prune": ALLOCATED | {"method": "random"}},
         {"memory": {"host": "24GB", "device": "16GiB"}},
     ],
 )

@@ -128,7 +128,7 @@ def test_names_line_key_and_remedy(path: Path, line: str, message: str) -> None:
         (GOOD.replace("c4: held.txt", "c4: {sauce: a}"), ":6: data.evaluation.c4.source is required"),
         (GOOD.replace("c4: held.txt", "c4: {sauce: a}"), "did you mean data.evaluation.c4.source?"),
         (GOOD.replace("'{extract}'", "null"), ":4: data.task: prompt and response go together"),
-        (GOOD + "prune:\n  protect_first: 1\n", ": export.small needs equal widths"),
+        (GOOD + "prune:\n  widths: allocated\n", ":9: prune: widths: allocated needs a budget"),
         (GOOD + "decompose:\n  budget: 9\n", ":10: decompose.budget: expected text"),
         (GOOD + "decompose:\n  budget: lots\n", ":10: decompose.budget: expected a budget such as"),
         (GOOD + "decompose:\n  bits:\n    - 2\n    - 5\n", ":12: decompose.bits.1: expected 2, 3, 4 or 8"),

@@ -1,4 +1,4 @@
-"""quantization_config of packed folders: both versions, to the letter, and what neither would be."""
+"""quantization_config of packed and reshaped folders: every version, to the letter, and what none would be."""
 
 import json
 from collections.abc import Callable
@@ -31,10 +31,24 @@ FIRST = {
     "modules": {UP: 0, DOWN: 1},
 }
 SECOND = FIRST | {"version": 2, "sides": {UP: [32, 64]}}
+DENSE = {UP: Packing(sides=(32, 64)), DOWN: Packing(sides=(64, 32))}
+THIRD = {
+    "quant_method": "qlora_pipe",
+    "version": 3,
+    "formats": [],
+    "modules": {},
+    "sides": {UP: [32, 64], DOWN: [64, 32]},
+}
+MIXED = {UP: Packing(CHOICE, False, (32, 64)), DOWN: Packing(sides=(64, 32))}
+BIASED = {UP: Packing(CHOICE, False), DOWN: Packing(CHOICE, True, bias=True), "other": Packing(bias=True)}
+ADDED = FIRST | {"version": 3, "biases": [DOWN, "other"]}
+BOTH = THIRD | {"formats": [FORMAT | {"transposed": False}], "modules": {UP: 0}}
 
 
-@pytest.mark.parametrize(("packings", "body"), [(WHOLE, FIRST), (NARROW, SECOND)])
-def test_both_versions_are_written_and_read(packings: dict[str, Packing], body: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("packings", "body"), [(WHOLE, FIRST), (NARROW, SECOND), (DENSE, THIRD), (MIXED, BOTH), (BIASED, ADDED)]
+)
+def test_every_version_is_written_and_read(packings: dict[str, Packing], body: dict[str, Any]) -> None:
     assert to_json(packings) == body
     assert from_json(json.loads(json.dumps(body))) == packings
 
@@ -48,13 +62,16 @@ def test_sides_make_no_formats() -> None:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (lambda body: body.update(version=3), "expected version 1 or 2, found 3"),
-        (lambda body: body.update(version=None), "expected version 1 or 2, found None"),
-        (lambda body: body.update(version=1), "sides .* in version 1"),
-        (lambda body: body.pop("sides"), "sides None in version 2"),
-        (lambda body: body.update(sides={}), "sides {} in version 2"),
+        (lambda body: body.update(version=4), "expected version 1, 2 or 3, found 4"),
+        (lambda body: body.update(version=None), "expected version 1, 2 or 3, found None"),
+        (lambda body: body.update(version=1), "sides .* in version 1, which belong to 2"),
+        (lambda body: body.update(version=3), "sides .* in version 3, which belong to 2"),
+        (lambda body: body.pop("sides"), "sides None .* in version 2, which belong to 1"),
+        (lambda body: body.update(sides={}), "sides {} .* in version 2, which belong to 1"),
+        (lambda body: body.update(biases=[UP]), "biases .* in version 2, which belong to 3"),
+        (lambda body: body.update(biases=7), "TypeError"),
         (lambda body: body.update(sides=[1]), "AttributeError"),
-        (lambda body: body["sides"].update({"model.norm": [1, 64]}), "KeyError.'model.norm'"),
+        (lambda body: body["sides"].update({"model.norm": [1, 64]}), "in version 2, which belong to 3"),
         (lambda body: body["sides"].update({UP: [-32, 64]}), r"above 0, not \[-32, 64\]"),
         (lambda body: body["sides"].update({UP: [0, 64]}), "above 0"),
         (lambda body: body["sides"].update({UP: [32]}), r"must be \[out, in\]"),

@@ -20,7 +20,7 @@ from prune.select import keep_best
 from qlora_pipe.architectures import FAMILIES, Architecture
 from qlora_pipe.config import Prune
 from qlora_pipe.errors import ArtifactError, ConfigError
-from qlora_pipe.selection import decide, pose, read_index_map, recheck, record, scores_to_json, tabulate
+from qlora_pipe.selection import decide, pose, probes, read_index_map, recheck, record, scores_to_json, tabulate
 from qlora_pipe.widths import parameters_to_go, small_architecture
 from solver import CertificateError, SolverError
 
@@ -33,7 +33,7 @@ def architecture(layers: int, shape: LayerShape = SHAPE) -> Architecture:
 
 
 def options(**values: Any) -> Prune:
-    return Prune.model_validate({"align": 4, "ratio": 0.3, "widths": "allocated", **values})
+    return Prune.model_validate({"align": 4, "ratio": 0.3, "widths": "allocated", "losses": "scores", **values})
 
 
 def scores_of(model: Architecture, seed: int = 0) -> list[dict[str, Tensor]]:
@@ -47,13 +47,18 @@ def scores_of(model: Architecture, seed: int = 0) -> list[dict[str, Tensor]]:
     ]
 
 
+def measured_of(model: Architecture, prune: Prune, seed: int = 0) -> dict[str, float] | None:
+    names = [name for name, *_ in probes(scores_of(model, seed), model, prune)]
+    return {name: 0.1 + number * 7 % 5 for number, name in enumerate(names)} if prune.measures else None
+
+
 def selected(model: Architecture, prune: Prune, seed: int = 0) -> tuple[Any, Any, dict[str, Any], IndexMap]:
     """(scores, table, body, kept) as they come back from files."""
-    scores = scores_of(model, seed)
-    table = tabulate(scores, model, prune)
+    scores, measured = scores_of(model, seed), measured_of(model, prune, seed)
+    table = tabulate(scores, model, prune, measured)
     counts, solution = decide(table, model, prune)
     kept = keep_best(scores, model.layers, counts)
-    body = record(table, kept, solution, model, prune, MODEL)
+    body = record(table, kept, solution, model, prune, MODEL, measured)
     return (*json.loads(json.dumps([scores_to_json(scores), table, body])), kept)
 
 
@@ -63,17 +68,21 @@ def selected(model: Architecture, prune: Prune, seed: int = 0) -> tuple[Any, Any
     ratio=st.sampled_from([0.0, 0.05, 0.2, 0.35, 0.5]),
     protect=st.sampled_from([(0, 0), (1, 0), (0, 1)]),
     method=st.sampled_from(["activation", "flap"]),
+    losses=st.sampled_from(["scores", "measured"]),
+    bias=st.booleans(),
 )
 def test_allocated_is_the_best_of_all_and_never_worse_than_uniform(
-    seed: int, ratio: float, protect: tuple[int, int], method: str
+    seed: int, ratio: float, protect: tuple[int, int], method: str, losses: str, bias: bool
 ) -> None:
     model = architecture(3)
-    prune = options(ratio=ratio, method=method, protect_first=protect[0], protect_last=protect[1])
+    protected = {"protect_first": protect[0], "protect_last": protect[1]}
+    prune = options(ratio=ratio, method=method, losses=losses, bias=bias, **protected)
     try:
         even = small_architecture(model, prune)
     except ConfigError:
         return
-    _, table, body, kept = selected(model, prune, seed)
+    scores, table, body, kept = selected(model, prune, seed)
+    recheck(scores, table, body, kept)
     whole = sum(rows[-1]["parameters"] for rows in table.values())
     most = whole - parameters_to_go(model, prune)
     fitting = [
@@ -86,7 +95,10 @@ def test_allocated_is_the_best_of_all_and_never_worse_than_uniform(
     assert body["true_reduction"] >= ratio
     layers = tuple(kept.kept_shape(layer) for layer in range(3))
     kept_parameters = model.with_layers(layers).block_parameters()
-    assert body["parameters"] == {"blocks": model.block_parameters(), "kept": kept_parameters}
+    # One bias of o and one of down in every layer, where something goes.
+    biases = 3 * 2 * 8 if bias and ratio else 0
+    full = model.block_parameters()
+    assert body["parameters"] == {"blocks": full, "kept": kept_parameters + biases, "biases": biases}
     for layer, (shape, full) in enumerate(zip(layers, model.layers, strict=True)):
         if layer < protect[0] or layer >= 3 - protect[1]:
             assert shape == full
@@ -119,6 +131,39 @@ def test_losses_are_sums_of_the_scores_that_go(method: str) -> None:
         assert rows[-1]["loss"] == 0
 
 
+@pytest.mark.parametrize("method", ["flap", "random"])
+def test_measured_losses_are_shared_out_by_scores(method: str) -> None:
+    """The least width has the loss that was measured, and any other the share of it that its scores have."""
+    model, prune = architecture(2), options(method=method, losses="measured")
+    scores, measured = scores_of(model), measured_of(model, prune)
+    assert measured is not None
+    assert list(measured) == ["layers.0.kv", "layers.0.ffn", "layers.1.kv", "layers.1.ffn"]
+    for name, rows in tabulate(scores, model, prune, measured).items():
+        _, layer, kind = name.split(".")
+        values = sorted(scores[int(layer)][kind].tolist())
+        most = math.fsum(values[: len(values) - rows[0]["width"]])
+        for row in rows:
+            share = math.fsum(values[: len(values) - row["width"]]) / most
+            assert row["loss"] == pytest.approx(measured[name] * share, rel=1e-12, abs=1e-12)
+        assert (rows[0]["loss"], rows[-1]["loss"]) == (measured[name], 0)
+    nothing = [{kind: torch.zeros_like(values) for kind, values in layer.items()} for layer in scores]
+    assert {row["loss"] for rows in tabulate(nothing, model, prune, measured).values() for row in rows} == {0.0}
+
+
+def test_every_kind_is_probed_alone_at_its_least_width() -> None:
+    model, prune = architecture(3), options(losses="measured", protect_first=1)
+    scores = scores_of(model)
+    found = {name: (layer, kind, kept) for name, layer, kind, kept in probes(scores, model, prune)}
+    assert list(found) == ["layers.1.kv", "layers.1.ffn", "layers.2.kv", "layers.2.ffn"]
+    for layer, kind, kept in found.values():
+        shape, best = kept.kept_shape(0), scores[layer][kind].argsort(descending=True)
+        assert (shape.kv_heads, shape.ffn) == ((1, 12) if kind == "kv" else (2, 4))
+        stay = kept.layers[0].kv_heads if kind == "kv" else kept.layers[0].ffn
+        assert sorted(stay) == sorted(best[: len(stay)].tolist())
+    alone = architecture(1, LayerShape(hidden=8, heads=2, kv_heads=1, head_dim=2, ffn=4))
+    assert list(probes(scores_of(alone), alone, prune.model_copy(update={"protect_first": 0}))) == []
+
+
 def test_what_may_stay_is_all_but_what_has_to_go() -> None:
     model, prune = architecture(2), options()
     table = tabulate(scores_of(model), model, prune)
@@ -142,8 +187,9 @@ def test_flap_takes_groups_below_one_threshold() -> None:
 
 
 @pytest.mark.parametrize("widths", ["uniform", "allocated"])
-def test_the_same_scores_give_the_same_record(widths: str) -> None:
-    model, prune = architecture(3), options(widths=widths)
+@pytest.mark.parametrize("losses", ["scores", "measured"])
+def test_the_same_scores_give_the_same_record(widths: str, losses: str) -> None:
+    model, prune = architecture(3), options(widths=widths, losses=losses)
     first, second = selected(model, prune), selected(model, prune)
     assert first == second
     recheck(*first)
@@ -178,6 +224,11 @@ def test_what_does_not_follow_is_found() -> None:
     shifted = [{kind: [value + 1 for value in values] for kind, values in layer.items()} for layer in scores]
     with pytest.raises(CertificateError, match=r"the losses of layers\.0\.kv do not follow"):
         recheck(shifted, table, body, kept)
+    scores, table, body, kept = selected(architecture(3), options(losses="measured"))
+    recheck(scores, table, body, kept)
+    wrong = body | {"measured": body["measured"] | {"layers.1.ffn": body["measured"]["layers.1.ffn"] / 2}}
+    with pytest.raises(CertificateError, match=r"the losses of layers\.1\.ffn do not follow from scores.json, and sel"):
+        recheck(scores, table, wrong, kept)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

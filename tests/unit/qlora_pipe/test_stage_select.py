@@ -10,8 +10,11 @@ import pytest
 import torch
 from tiny import save_settings, save_texts, save_tiny_model
 
+from prune.flap import mean_bias
 from prune.indexmap import IndexMap
 from prune.saliency import activation
+from prune.slice import slice_rows_or_columns
+from qlora_pipe import datasets
 from qlora_pipe.allocation import read_allocation
 from qlora_pipe.architectures import linear_name
 from qlora_pipe.artifacts.manifest import read_manifest
@@ -20,7 +23,10 @@ from qlora_pipe.compile import compile_model
 from qlora_pipe.config_file import load
 from qlora_pipe.errors import StageError
 from qlora_pipe.events import Reporter
+from qlora_pipe.hf.model import build, dense_linear, load_config
+from qlora_pipe.hf.tokens import load_tokenizer, rows
 from qlora_pipe.plan import know
+from qlora_pipe.selection import probes
 from qlora_pipe.stages.base import Context
 from qlora_pipe.stages.models import packed_map
 from qlora_pipe.stages.select import run as run_select
@@ -28,6 +34,7 @@ from qlora_pipe.verify import verify_path
 
 MOMENTS = ("activation", "wanda", "flap", "taylor")
 ALLOCATED = ("prune.ratio=0.2", "prune.widths=allocated", "export.small=false")
+BY_SCORES = (*ALLOCATED, "prune.losses=scores")
 
 
 @pytest.fixture(scope="module")
@@ -86,9 +93,13 @@ def test_every_method_ranks_by_its_own(folder: Path, method: str) -> None:
     assert len(set(others)) == len(MOMENTS)
 
 
-@pytest.mark.parametrize("method", MOMENTS)
-def test_allocated_widths_are_planned_exactly_and_no_worse_than_uniform(folder: Path, method: str) -> None:
-    body = pruned(folder, f"prune.method={method}", *ALLOCATED)
+@pytest.mark.parametrize(
+    ("method", "losses"),
+    [*((method, "scores") for method in MOMENTS), ("flap", "measured"), ("magnitude", "measured")],
+)
+def test_allocated_widths_are_planned_exactly_and_no_worse_than_uniform(folder: Path, method: str, losses: str) -> None:
+    overrides = (f"prune.method={method}", f"prune.losses={losses}", *ALLOCATED)
+    body = pruned(folder, *overrides)
     assert 0.2 <= body["true_reduction"] < 0.25
     assert body["loss"] <= body["loss_uniform"]
     assert body["certificate"]["optimal"]
@@ -105,7 +116,7 @@ def test_allocated_widths_are_planned_exactly_and_no_worse_than_uniform(folder: 
         assert kept.kept_shape(layer).ffn % 32 == 0
     first = hashes(folder)
     compile_model(
-        load(folder / "tiny.yaml", (f"prune.method={method}", *ALLOCATED)),
+        load(folder / "tiny.yaml", overrides),
         Reporter(json_lines=True, stream=io.StringIO()),
         until="prune",
         start="select",
@@ -139,9 +150,51 @@ def context_of(folder: Path, *overrides: str) -> Context:
     return Context(config, known, folder / "model", artifacts, folder / "out", folder / "work", reporter)
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_measured_losses_are_those_of_a_model_that_is_cut_down(folder: Path, bias: bool) -> None:
+    """Against the sliced weights in float64, one layer and kind at a time; ranks are those of uniform widths."""
+    overrides = (*ALLOCATED, "prune.tokens=130", f"prune.bias={str(bias).lower()}")
+    measured = pruned(folder, *overrides)["measured"]
+    context, table = context_of(folder, *overrides), body_of(folder, "table.json")
+    scores = [
+        {kind: torch.tensor(each, dtype=torch.float64) for kind, each in layer.items()}
+        for layer in body_of(folder, "scores.json")
+    ]
+    calibration = load(folder / "tiny.yaml", ()).data.calibration
+    records, tokenizer = datasets.load(calibration, "train", 0), load_tokenizer(folder / "model")
+    ids = [row.input_ids for row in rows(tokenizer, records, length=64, count=2, name="text")]
+
+    def chances(layer: int = 0, kept: IndexMap | None = None) -> torch.Tensor:
+        known, reader = context.known, context.reader("decompose")
+
+        def linear(number: int, role: str, name: str) -> torch.nn.Module:
+            weight, left = packed_map(context, reader, "decompose", number, role).dequantized(), None
+            if kept is not None and number == layer:
+                indices = kept.kept_indices(0, role)
+                if bias and role in ("o", "down"):
+                    mean = context.reader("calibrate", "moments").read(f"{name}.mean")
+                    left = mean_bias(role, weight, mean, indices, known.architecture.layers[layer])
+                weight = slice_rows_or_columns(weight, role, indices)
+            return dense_linear(weight, left)
+
+        config = load_config(folder / "model")
+        model = build(config, known.architecture, linear, reader.read_float, device="cpu").double()
+        with torch.no_grad():
+            return model(torch.tensor(ids)).logits[:, :-1].log_softmax(dim=-1)
+
+    whole = chances()
+    for name, layer, _, kept in probes(scores, context.known.architecture, context.config.prune):
+        expected = float((whole.exp() * (whole - chances(layer, kept))).sum(dim=-1).mean())
+        assert measured[name] == pytest.approx(expected, rel=1e-4)
+        assert table[name][0]["loss"] == measured[name]
+    assert min(measured.values()) > 0.01
+    pruned(folder, "prune.ratio=0.2", "export.small=false")
+    assert body_of(folder, "scores.json") == [{k: v.tolist() for k, v in layer.items()} for layer in scores]
+
+
 def test_scores_compare_across_layers_by_the_gradients_of_outputs(folder: Path) -> None:
-    pruned(folder, *ALLOCATED)
-    context, scores = context_of(folder, *ALLOCATED), body_of(folder, "scores.json")
+    pruned(folder, *BY_SCORES)
+    context, scores = context_of(folder, *BY_SCORES), body_of(folder, "scores.json")
     moments = context.reader("calibrate", "moments")
     for layer, shape in enumerate(context.known.architecture.layers):
         for kind, role in (("kv", "o"), ("ffn", "down")):

@@ -270,6 +270,6 @@ def test_killed_while_it_shrinks_it_ends_in_the_same_bytes(
     assert again["select"].manifest.files == calm["select"].manifest.files
 
 
-def test_scores_that_do_not_compare_across_layers_allocate_nothing(config: Path) -> None:
-    with pytest.raises(ConfigError, match="lora gives scores that cannot be compared across layers"):
+def test_widths_that_must_be_known_before_are_not_allocated(config: Path) -> None:
+    with pytest.raises(ConfigError, match="lora masks groups to widths it knows before"):
         load(config, (*GUIDED, "prune.widths=allocated", "prune.ratio=0.2", "export.small=false"))

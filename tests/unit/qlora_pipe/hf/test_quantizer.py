@@ -138,7 +138,8 @@ def altered(folder: Path, copy: Path, change: Callable[[dict[str, Any]], Any]) -
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (lambda q: q.update(version=3), "expected version 1 or 2, found 3"),
+        (lambda q: q.update(version=4), "expected version 1, 2 or 3, found 4"),
+        (lambda q: q.update(version=3), "version 3, which belong to 1"),
         (lambda q: q.pop("formats"), "KeyError.'formats'"),
         (lambda q: q["formats"][0].update(bits=5), "bits must be one of"),
         (lambda q: q["formats"][0].pop("transposed"), "KeyError.'transposed'"),
