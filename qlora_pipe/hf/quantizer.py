@@ -101,8 +101,9 @@ def _packed(model: nn.Module, name: str, packing: Packing) -> nn.Module:
         sides, bias = (place.num_embeddings, place.embedding_dim), False
     else:
         raise SourceError(
-            f"quantization_config speaks of {name}, but {type(model).__name__} has no such linear map or embedding; "
-            "load the folder with AutoModelForCausalLM, and keep its config.json as it was written"
+            f"quantization_config speaks of {name}, but {type(model).__name__} has no linear map there, and no "
+            "embedding that it could be; load the folder with AutoModelForCausalLM, and keep its config.json as it was "
+            "written"
         )
     rows, columns = packing.sides or sides
     if packing.choice is None:
