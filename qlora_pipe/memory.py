@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from prune.groups import PRUNED_AXIS, shape_of
 from qlora_pipe import layouts
 from qlora_pipe.architectures import EMBEDDING, SITES, Architecture
-from qlora_pipe.config import Optimisation
+from qlora_pipe.config_training import Optimisation
 from qlora_pipe.known import Known
 
 RUNTIME_BYTES = 480 * 10**6
@@ -89,7 +89,7 @@ def _work(stage: str, known: Known) -> _Work:
         batch = _batch(known, small, config.train.rank, config.train)
         return _Work(packed + compensation + _TRAINED_COPIES * adapter + batch, stream)
     if stage == "compact" and config.compact.enabled:
-        steps = sum(spec.nbytes for name, spec in known.integers().items() if name.endswith(".scale"))
+        steps = sum(spec.nbytes for name, spec in known.integers().items() if name.endswith((".scale", ".offset")))
         trained = layouts.tensor_bytes(known.compact_adapter()) + steps
         batch = _batch(known, small, known.compact_rank(), config.compact)
         return _Work(_dense(known, small) + _TRAINED_COPIES * trained + batch, stream)

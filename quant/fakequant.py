@@ -30,8 +30,11 @@ def _merge(weight: Tensor, lora_a: Tensor, lora_b: Tensor, alpha: float, rows: s
     return torch.addmm(weight[rows].to(dtype), lora_b[rows].to(dtype), lora_a.to(dtype), alpha=alpha)
 
 
-def _rows(tensor: Tensor | None, rows: slice) -> Tensor | None:
-    return None if tensor is None else tensor[rows]
+def _offset(scale: Tensor, offset: Tensor | None, half: bool, rows: slice) -> Tensor | None:
+    """What code 0 of these rows' groups stands for; None is 0."""
+    if half:
+        return grid.half_step(scale[rows])
+    return None if offset is None else offset[rows]
 
 
 class L4QFunction(torch.autograd.Function):
@@ -50,20 +53,22 @@ class L4QFunction(torch.autograd.Function):
         lora_b: Tensor,
         scale: Tensor,
         offset: Tensor | None,
+        half: bool,
         alpha: float,
         bits: int,
         row_chunk: int | None,
     ) -> Tensor:
         ctx.save_for_backward(x, weight, lora_a, lora_b, scale, offset)
-        ctx.alpha, ctx.bits, ctx.row_chunk = alpha, bits, row_chunk
+        ctx.half, ctx.alpha, ctx.bits, ctx.row_chunk = half, alpha, bits, row_chunk
         rows_total, columns = weight.shape
         y = x.new_empty(*x.shape[:-1], rows_total)
         flat_x, flat_y = x.reshape(-1, columns), y.view(-1, rows_total)
         with without_autocast(x):
             for rows in row_chunks(rows_total, columns, row_chunk):
                 merged = _merge(weight, lora_a, lora_b, alpha, rows, scale.dtype)
-                codes = grid.round_codes(grid.normalise(merged, scale[rows], _rows(offset, rows)), bits)
-                w_q = grid.dequantize(codes.view_as(merged), scale[rows], _rows(offset, rows))
+                at = _offset(scale, offset, half, rows)
+                codes = grid.round_codes(grid.normalise(merged, scale[rows], at), bits)
+                w_q = grid.dequantize(codes.view_as(merged), scale[rows], at)
                 flat_y[:, rows] = flat_x @ w_q.to(x.dtype).t()
         return y
 
@@ -81,18 +86,23 @@ class L4QFunction(torch.autograd.Function):
         with without_autocast(x):
             for rows in row_chunks(rows_total, columns, ctx.row_chunk):
                 merged = _merge(weight, lora_a, lora_b, alpha, rows, dtype)
-                real = grid.normalise(merged, scale[rows], _rows(offset, rows))
+                at = _offset(scale, offset, ctx.half, rows)
+                real = grid.normalise(merged, scale[rows], at)
                 codes = grid.round_codes(real, bits)
                 kept = grid.in_range(real, bits).to(dtype)
                 if grad_x is not None:
-                    w_q = grid.dequantize(codes.view_as(merged), scale[rows], _rows(offset, rows))
+                    w_q = grid.dequantize(codes.view_as(merged), scale[rows], at)
                     grad_x += flat_grad[:, rows] @ w_q.to(x.dtype)
                 grad_w = (flat_grad[:, rows].t() @ flat_x).to(dtype).view_as(real)
-                # d W_q / d scale is q - w in range and q (QN or QP) where clipped.
+                # d W_q / d scale is q - w in range and q (QN or QP) where clipped; d W_q / d offset 0 and 1.
                 residual = codes.sub_(real.mul_(kept))
                 grad_scale[rows] = residual.mul_(grad_w).sum(-1)
-                if grad_offset is not None:
-                    grad_offset[rows] = (grad_w * (1 - kept)).sum(-1)
+                if at is not None:
+                    grad_at = (grad_w * (1 - kept)).sum(-1)
+                    if grad_offset is None:
+                        grad_scale[rows] += 0.5 * grad_at
+                    else:
+                        grad_offset[rows] = grad_at
                 grad_merged = grad_w.mul_(kept).view_as(merged)
                 torch.mm(grad_merged, lora_a.to(dtype).t(), out=grad_b[rows])
                 grad_a.addmm_(lora_b[rows].to(dtype).t(), grad_merged)
@@ -103,7 +113,7 @@ class L4QFunction(torch.autograd.Function):
             grad_b.mul_(alpha).to(lora_b.dtype),
             grad_scale,
             grad_offset,
-            *(None, None, None),
+            *(None, None, None, None),
         )
 
 
@@ -118,6 +128,7 @@ def l4q_linear(
     alpha: float,
     bits: int,
     group_size: int,
+    half: bool = False,
     bias: Tensor | None = None,
     row_chunk: int | None = None,
 ) -> Tensor:
@@ -128,13 +139,14 @@ def l4q_linear(
         weight: [out, in], frozen, any float dtype.
         lora_a: [rank, in]. lora_b: [out, rank]. ``alpha`` multiplies ``B @ A`` as is, any 1/rank folded in.
         scale: [out, in // group_size], fp32 or fp64, positive. offset: like scale, or None for a frozen 0.
+        half: the offset is half a step, whatever the step, and the step's gradient has its share; excludes ``offset``.
         row_chunk: weight rows rebuilt at once; default about 2**20 weights.
 
     Returns:
         [..., out] in x's dtype (autocast's dtype under autocast).
 
     Raises:
-        ShapeError: an operand does not fit. QuantError: scale is not fp32 or fp64.
+        ShapeError: an operand does not fit. QuantError: scale is not fp32 or fp64, or there are two offsets.
 
     Peak bytes beyond the result: forward 18 x row_chunk x in, backward 36 x row_chunk x in plus an fp32
     gradient of x. FLOPs: 6 x tokens x out x in, like full fine-tuning and 1.5 x LoRA.
@@ -149,11 +161,13 @@ def l4q_linear(
     for name, (tensor, shape) in expected.items():
         if tuple(tensor.shape) != shape:
             raise ShapeError(f"{name} must be {shape} for a weight {(rows, columns)}, found {tuple(tensor.shape)}")
+    if half and offset is not None:
+        raise QuantError("an offset of half a step is the step's own; leave offset out")
     if scale.dtype not in (torch.float32, torch.float64):
         raise QuantError(f"steps train in fp32 (bf16 loses the updates); found scale in {scale.dtype}")
     x = autocast_input(x)
     y: Tensor = L4QFunction.apply(  # type: ignore[no-untyped-call]
-        x, weight, lora_a, lora_b, scale, offset, alpha, bits, row_chunk
+        x, weight, lora_a, lora_b, scale, offset, half, alpha, bits, row_chunk
     )
     return y if bias is None else y + bias.to(y.dtype)
 
@@ -162,7 +176,7 @@ class L4QLinear(nn.Module):
     """A linear layer trained with L4Q: frozen weight and bias, trainable factors and steps (and offsets).
 
     Trainable values: ``rank * (in + out) + out * in / group_size``, twice the last term with
-    ``train_offset``. All are fp32 masters whatever the weight's dtype: near a step of 0.008 the bf16 spacing
+    a trained offset. All are fp32 masters whatever the weight's dtype: near a step of 0.008 the bf16 spacing
     is 6e-5, larger than an update.
 
     Args:
@@ -171,8 +185,8 @@ class L4QLinear(nn.Module):
         rank, alpha: rank of the factors; ``alpha`` multiplies ``B @ A`` as is (pass ``lora_alpha / rank`` for
             the LoRA convention).
         generator: draws ``lora_a``, Kaiming-uniform with a = sqrt(5); unused with a warm start.
-        train_offset: train a real offset per group; otherwise the offset is a frozen 0 (symmetric export).
-        init: step initialisation, see ``quant.grid.init_step``.
+        offset: what code 0 stands for, see ``quant.grid.OffsetKind``.
+        init, importance: first steps, and offsets if they are trained, see ``quant.grid.init_grid``.
         warm_start: ``(A [rank, in], B [out, rank])`` copied into the factors, replacing ``rank`` by theirs.
             Initial steps are then chosen for ``W0 + alpha * B @ A``, the matrix that is quantised at step 0,
             not for W0.
@@ -180,7 +194,7 @@ class L4QLinear(nn.Module):
             equal.
 
     Raises:
-        ShapeError, NonFiniteError, QuantError: as in ``l4q_linear`` and ``grid.init_step``.
+        ShapeError, NonFiniteError, QuantError: as in ``l4q_linear`` and ``grid.init_grid``.
 
     Peak bytes of construction: about 5 x out x in in fp32 (8 x with "mse").
     """
@@ -197,8 +211,9 @@ class L4QLinear(nn.Module):
         rank: int,
         alpha: float,
         generator: torch.Generator,
-        train_offset: bool = False,
+        offset: grid.OffsetKind = "zero",
         init: grid.StepMethod = "l4q",
+        importance: Tensor | None = None,
         warm_start: tuple[Tensor, Tensor] | None = None,
         row_chunk: int | None = None,
     ) -> None:
@@ -219,8 +234,9 @@ class L4QLinear(nn.Module):
         every_row = slice(0, self.out_features)
         with torch.no_grad():
             merged = _merge(self.weight, self.lora_a, self.lora_b, alpha, every_row, torch.float32)
-        self.scale = nn.Parameter(grid.init_step(merged, bits, group_size, method=init))
-        self.offset = nn.Parameter(torch.zeros_like(self.scale)) if train_offset else None
+        scale, first = grid.init_grid(merged, bits, group_size, method=init, offset=offset, importance=importance)
+        self.half_offset = offset == "half"
+        self.scale, self.offset = nn.Parameter(scale), None if first is None else nn.Parameter(first)
         self.clamp_steps_()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -235,6 +251,7 @@ class L4QLinear(nn.Module):
             alpha=self.alpha,
             bits=self.bits,
             group_size=self.group_size,
+            half=self.half_offset,
             bias=self.bias,
             row_chunk=self.row_chunk,
         )
@@ -246,7 +263,8 @@ class L4QLinear(nn.Module):
 
     @torch.no_grad()
     def quantized(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The integers forward uses now, bit for bit: codes int8 [out, in], scale, offset or None (copies).
+        """The integers forward uses now, bit for bit: codes int8 [out, in], scale, and the offset of every group, half
+        a step or trained, or None where it is 0 (copies).
 
         Peak bytes beyond the codes: 15 x row_chunk x in.
         """
@@ -254,9 +272,10 @@ class L4QLinear(nn.Module):
         with without_autocast(codes):
             for rows in row_chunks(self.out_features, self.in_features, self.row_chunk):
                 merged = _merge(self.weight, self.lora_a, self.lora_b, self.alpha, rows, self.scale.dtype)
-                codes[rows] = grid.quantize(merged, self.scale[rows], _rows(self.offset, rows), self.bits)[0]
-        offset = None if self.offset is None else self.offset.detach().clone()
-        return codes, self.scale.detach().clone(), offset
+                at = _offset(self.scale, self.offset, self.half_offset, rows)
+                codes[rows] = grid.quantize(merged, self.scale[rows], at, self.bits)[0]
+        offset = _offset(self.scale, self.offset, self.half_offset, slice(0, self.out_features))
+        return codes, self.scale.detach().clone(), None if offset is None else offset.detach().clone()
 
     @torch.no_grad()
     def dequantized(self) -> Tensor:

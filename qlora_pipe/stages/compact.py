@@ -1,10 +1,13 @@
 """compact: L4Q on the pruned original weights; the integers of the last step are what is written."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from prune.groups import PRUNED_AXIS
+from qlora_pipe.architectures import place_of
 from qlora_pipe.artifacts.tensors import TensorReader
 from qlora_pipe.config import Config
 from qlora_pipe.stages.base import Context, Stage, computing
@@ -25,8 +28,9 @@ def run(context: Context) -> None:
     model = sliced_base_model(context, _l4q_maker(context))
     modules = l4q_modules(model)
     for module in modules.values():
-        for parameter in (module.lora_a, module.lora_b, module.scale):
-            parameter.requires_grad_()
+        for parameter in (module.lora_a, module.lora_b, module.scale, module.offset):
+            if parameter is not None:
+                parameter.requires_grad_()
     chosen = training_rows(context, context.config.data.task, settings)
     log = fit(context, model, chosen, settings, settings.step_rate)
     _write(context, modules)
@@ -41,25 +45,43 @@ def compact_strength(context: Context) -> float:
 
 def _l4q_maker(context: Context) -> Make:
     """(name, weight, bias) to an L4Q layer; with a warm start its factors begin as slots C and T side by side."""
-    settings = context.config.compact
+    settings, bits = context.config.compact, context.known.integer_bits
     generator = torch.Generator().manual_seed(context.config.seed)
     adapter = context.reader("train", "adapter")
+    importance = input_squares(context)
 
     def make(name: str, weight: Tensor, bias: Tensor | None) -> nn.Module:
         start = _warm_start(context, adapter, name) if settings.warm_start else None
         return L4QLinear(
             weight,
             bias,
-            bits=settings.bits,
+            bits=bits[name],
             group_size=settings.group_size,
             rank=settings.rank,
             alpha=compact_strength(context),
             generator=generator,
+            offset=settings.offset_at(bits[name]),
             init=settings.init,
+            importance=importance(name),
             warm_start=start,
         )
 
     return make
+
+
+def input_squares(context: Context) -> Callable[[str], Tensor | None]:
+    """Name of a linear map to the mean squares of the inputs that pruning leaves it, [in]; None where the first steps
+    do not ask for them."""
+    if context.config.compact.init != "awmse":
+        return lambda name: None
+    moments = context.reader("calibrate", "moments")
+
+    def squares(name: str) -> Tensor:
+        layer, role = place_of(name)
+        found = moments.read(f"{name}.input")
+        return found[context.index_map.kept_indices(layer, role)] if PRUNED_AXIS[role] == "columns" else found
+
+    return squares
 
 
 def _warm_start(context: Context, adapter: TensorReader, name: str) -> tuple[Tensor, Tensor]:
@@ -75,9 +97,11 @@ def _write(context: Context, modules: dict[str, L4QLinear]) -> None:
     known = context.known
     with context.writer(known.integers()) as writer:
         for name, module in modules.items():
-            codes, scale, _ = module.quantized()
+            codes, scale, offset = module.quantized()
             writer.write(f"{name}.codes", pack(to_unsigned(codes, module.bits), module.bits))
             writer.write(f"{name}.scale", scale)
+            if module.offset is not None and offset is not None:
+                writer.write(f"{name}.offset", offset)
             if module.bias is not None:
                 writer.write(f"{name}.bias", module.bias.float())
         for name in known.small.others():
@@ -96,8 +120,8 @@ def compact_settings(config: Config) -> dict[str, Any]:
 
 STAGE = Stage(
     "compact",
-    2,
-    ("source", "select", "prune", "align", "train"),
+    3,
+    ("source", "calibrate", "select", "prune", "align", "train"),
     compact_settings,
     run,
     lambda config: {"task": config.data.task},

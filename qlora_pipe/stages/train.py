@@ -7,7 +7,8 @@ from torch import Tensor
 
 from qlora_pipe import datasets, layouts
 from qlora_pipe.architectures import Architecture
-from qlora_pipe.config import Adapter, Dataset, Optimisation
+from qlora_pipe.config import Dataset
+from qlora_pipe.config_training import Adapter, Optimisation
 from qlora_pipe.hf.loss import summed_loss
 from qlora_pipe.hf.model import Model
 from qlora_pipe.hf.tokens import Row, load_tokenizer, rows

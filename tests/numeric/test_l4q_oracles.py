@@ -24,27 +24,28 @@ def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def problem(bits, group, rank, tokens, *, shrink, rows=6, groups=2, with_offset=True):
+def problem(bits, group, rank, tokens, *, shrink, rows=6, groups=2, offset="trained"):
     """Float64 operands; ``shrink`` < 1 makes weights clip, a large one keeps every weight in range."""
     gen = generator(bits * 1000 + group * 10 + rank)
     columns = group * groups
     draw = lambda *shape: torch.randn(*shape, generator=gen, dtype=torch.float64)  # noqa: E731
     weight = draw(rows, columns)
-    scale = grid.init_step(weight, bits, group) * shrink
-    offset = 0.4 * scale * draw(rows, groups) if with_offset else None
+    scale = grid.init_grid(weight, bits, group)[0] * shrink
+    trained = 0.4 * scale * draw(rows, groups)
     tensors = {
         "x": draw(tokens, columns),
         "lora_a": draw(rank, columns) * 0.2,
         "lora_b": draw(rows, rank) * 0.2,
     }
-    tensors |= {"scale": scale, "offset": offset}
+    tensors |= {"scale": scale, "offset": trained if offset == "trained" else None}
     return weight, tensors, draw(tokens, rows)
 
 
-def surrogate_weight(weight, lora_a, lora_b, scale, offset, alpha, bits, residual=None):
+def surrogate_weight(weight, lora_a, lora_b, scale, offset, alpha, bits, residual=None, *, half=False):
     """W_q by plain autograd: straight-through rounding, mask of the clamp on the unrounded code."""
     low, high = grid.bounds(bits)
     grouped = (weight + alpha * lora_b @ lora_a).reshape(*scale.shape, -1)
+    offset = 0.5 * scale if half else offset
     shift = 0.0 if offset is None else offset.unsqueeze(-1)
     clamped = ((grouped - shift) / scale.unsqueeze(-1)).clamp(low, high)
     residual = (clamped.round() - clamped).detach() if residual is None else residual
@@ -58,22 +59,24 @@ def gradients(function, tensors, grad_y):
     return y.detach(), {k: v.grad for k, v in leaves.items()}
 
 
-def ours(weight, bits, group, alpha=0.7, row_chunk=None):
+def ours(weight, bits, group, alpha=0.7, row_chunk=None, half=False):
     def call(t):
         return l4q_linear(
             *(t["x"], weight, t["lora_a"], t["lora_b"], t["scale"], t.get("offset")),
             alpha=alpha,
             bits=bits,
             group_size=group,
+            half=half,
             row_chunk=row_chunk,
         )
 
     return call
 
 
-def plain(weight, bits, alpha=0.7):
+def plain(weight, bits, alpha=0.7, half=False):
     def call(t):
-        dense, _ = surrogate_weight(weight, t["lora_a"], t["lora_b"], t["scale"], t.get("offset"), alpha, bits)
+        operands = (t["lora_a"], t["lora_b"], t["scale"], t.get("offset"))
+        dense, _ = surrogate_weight(weight, *operands, alpha, bits, half=half)
         return t["x"] @ dense.t()
 
     return call
@@ -103,22 +106,23 @@ def test_golden_vector():
         torch.testing.assert_close(grads[name], expected[name], rtol=0, atol=1e-12)
 
 
-CASES = list(itertools.product((2, 3, 4, 8), ((4, 1, 3), (16, 4, 7)), (0.6, 4.0), (True, False)))
+CASES = list(itertools.product((2, 3, 4, 8), ((4, 1, 3), (16, 4, 7)), (0.6, 4.0), ("zero", "half", "trained")))
 
 
-@pytest.mark.parametrize(("bits", "sizes", "shrink", "with_offset"), CASES)
-def test_gradients_match_the_autograd_surrogate(bits, sizes, shrink, with_offset):
-    group, rank, tokens = sizes
-    weight, tensors, grad_y = problem(bits, group, rank, tokens, shrink=shrink, with_offset=with_offset)
+@pytest.mark.parametrize(("bits", "sizes", "shrink", "offset"), CASES)
+def test_gradients_match_the_autograd_surrogate(bits, sizes, shrink, offset):
+    (group, rank, tokens), half = sizes, offset == "half"
+    weight, tensors, grad_y = problem(bits, group, rank, tokens, shrink=shrink, offset=offset)
     merged = weight + 0.7 * tensors["lora_b"] @ tensors["lora_a"]
-    clipped = (~grid.quantize(merged, tensors["scale"], tensors["offset"], bits)[1]).double().mean()
+    at = 0.5 * tensors["scale"] if half else tensors["offset"]
+    clipped = (~grid.quantize(merged, tensors["scale"], at, bits)[1]).double().mean()
     assert 0.04 < clipped < 0.7 if shrink < 1 else clipped == 0
-    y, grads = gradients(ours(weight, bits, group), tensors, grad_y)
-    expected_y, expected = gradients(plain(weight, bits), tensors, grad_y)
+    y, grads = gradients(ours(weight, bits, group, half=half), tensors, grad_y)
+    expected_y, expected = gradients(plain(weight, bits, half=half), tensors, grad_y)
     torch.testing.assert_close(y, expected_y, rtol=1e-12, atol=1e-12)
     for name, value in expected.items():
         torch.testing.assert_close(grads[name], value, rtol=1e-10, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
-    if with_offset:
+    if offset == "trained":
         grad_w = grad_y.t() @ tensors["x"]
         mask = grid.quantize(merged, tensors["scale"], tensors["offset"], bits)[1]
         by_hand = (grad_w * ~mask).view(*tensors["scale"].shape, -1).sum(-1)
@@ -126,23 +130,24 @@ def test_gradients_match_the_autograd_surrogate(bits, sizes, shrink, with_offset
         assert (grads["offset"] == 0).all() == (shrink > 1)
 
 
+@pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("bits", [2, 3, 4])
-def test_gradients_match_finite_differences_with_the_residual_frozen(bits):
-    weight, tensors, grad_y = problem(bits, 4, 2, 3, shrink=0.6)
+def test_gradients_match_finite_differences_with_the_residual_frozen(bits, half):
+    weight, tensors, grad_y = problem(bits, 4, 2, 3, shrink=0.6, offset="half" if half else "trained")
     operands = [tensors[n] for n in NAMES[1:]]
-    _, residual = surrogate_weight(weight, *operands, 0.7, bits)
-    _, grads = gradients(ours(weight, bits, 4), tensors, grad_y)
+    _, residual = surrogate_weight(weight, *operands, 0.7, bits, half=half)
+    _, grads = gradients(ours(weight, bits, 4, half=half), tensors, grad_y)
 
     def loss(values):
-        dense, _ = surrogate_weight(weight, *(values[n] for n in NAMES[1:]), 0.7, bits, residual)
+        dense, _ = surrogate_weight(weight, *(values[n] for n in NAMES[1:]), 0.7, bits, residual, half=half)
         return (values["x"] @ dense.t() * grad_y).sum().item()
 
     delta = 1e-6
-    for name in NAMES:
+    for name in grads:
         for index in range(tensors[name].numel()):
             values = []
             for sign in (1, -1):
-                moved = {k: v.clone() for k, v in tensors.items()}
+                moved = {k: v if v is None else v.clone() for k, v in tensors.items()}
                 moved[name].view(-1)[index] += sign * delta
                 values.append(loss(moved))
             slope = (values[0] - values[1]) / (2 * delta)
@@ -226,7 +231,7 @@ def big_layer(dtype=torch.float32, size=256, row_chunk=16, seed=0):
         rank=4,
         alpha=1.0,
         generator=generator(1),
-        train_offset=True,
+        offset="trained",
         row_chunk=row_chunk,
     )
 

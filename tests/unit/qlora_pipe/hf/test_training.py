@@ -15,7 +15,7 @@ from tiny import save_tiny_model
 from tiny_models import TinyFolder, byte_rows
 from torch import Tensor
 
-from qlora_pipe.config import Optimisation
+from qlora_pipe.config_training import Optimisation
 from qlora_pipe.errors import StageError
 from qlora_pipe.events import Reporter
 from qlora_pipe.hf.model import Model
