@@ -10,7 +10,7 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from qlora_pipe.config_decompose import Decompose
 from qlora_pipe.config_section import Count, Fraction, Positive, Rate, Section
-from qlora_pipe.config_training import Align, Compact, Guide, Refine, Train
+from qlora_pipe.config_training import Align, Compact, FirstCodes, Guide, Refine, Train
 from qlora_pipe.errors import ConfigError
 from qlora_pipe.units import parse_bytes
 
@@ -215,11 +215,27 @@ class Config(Section):
         """Whether the small model has a slot C: it is trained while pruning, or after, or both."""
         return self.align.enabled or self.prune.method == "lora"
 
+    def compact_init(self, bits: int) -> FirstCodes:
+        """Where a matrix of that many bits of the integer model starts."""
+        if self.compact.init != "auto":
+            return self.compact.init
+        able = self.calibrate.covariance and self.compact.offset != "trained"
+        return "feedback" if able and bits <= 3 else "awmse"
+
     @property
     def compact_transfers(self) -> bool:
         """Whether the integer model's adapter is put at the full model's shapes: not if slot C, which belongs to the
         small model alone, is part of it."""
         return self.compact.enabled and not (self.compensates and self.compact.warm_start)
+
+    @model_validator(mode="after")
+    def _feedback_has_covariances(self) -> "Config":
+        if self.compact.enabled and self.compact.init == "feedback" and not self.calibrate.covariance:
+            raise ValueError(
+                "compact.init: feedback needs covariances, which calibrate.covariance: false leaves out: set it to "
+                "true, or compact.init to awmse"
+            )
+        return self
 
     @model_validator(mode="after")
     def _small_has_equal_widths(self) -> "Config":

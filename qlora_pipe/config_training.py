@@ -7,6 +7,9 @@ from pydantic import Field, model_validator
 from qlora_pipe.config_rules import BitsRule, Width
 from qlora_pipe.config_section import Count, Fraction, Positive, Rate, Section
 
+FirstCodes = Literal["feedback", "awmse", "mse", "l4q", "symmetric", "lsq+", "asymmetric"]
+"""Ways to choose the first codes and steps of the integer model."""
+
 
 class Optimisation(Section):
     """What transformers' Trainer is told."""
@@ -96,8 +99,14 @@ class Compact(Adapter):
     )
     learning_rate: Rate = Field(2e-4, description="peak learning rate of the adapter factors")
     step_rate: Rate = Field(2e-5, description="peak learning rate of the step sizes, and of trained offsets")
-    init: Literal["l4q", "symmetric", "lsq+", "asymmetric", "mse", "awmse"] = Field(
-        "awmse", description="first step sizes; awmse: of least error, each input by its mean square"
+    init: Literal["auto", FirstCodes] = Field(
+        "auto",
+        description="first codes, steps; feedback: rounded so that errors make up for each other, each weight put "
+        "where its code is the nearest; awmse, mse: nearest codes, steps of least error, with each input by its mean "
+        "square or plain; auto: feedback at 2 and 3 bits where covariances and the offset allow it, else awmse",
+    )
+    base: Literal["dense", "int8", "int4"] = Field(
+        "dense", description="the frozen weight: in the compute dtype, or packed as places in the cells of the grid"
     )
     warm_start: bool = Field(True, description="start the factors from the trained adapter")
 
@@ -105,7 +114,26 @@ class Compact(Adapter):
     def _init_suits_the_offset(self) -> "Compact":
         if self.init == "asymmetric" and self.offset != "trained":
             raise ValueError("init: asymmetric is for trained offsets; set offset to trained, or init to awmse")
+        packed = (f"base: {self.base}", self.base != "dense")
+        for name, chosen in (("init: feedback", self.init == "feedback"), packed):
+            if chosen and self.offset == "trained":
+                raise ValueError(f"{name} needs levels that are tied to the steps; set offset to auto, zero or half")
         return self
+
+    @model_validator(mode="after")
+    def _base_holds_places(self) -> "Compact":
+        widest = max((self.bits, *(rule.bits for rule in self.rules)))
+        if self.base == "int4" and widest > 2:
+            raise ValueError(
+                f"base: int4 has too few places in the cells of a grid of {widest} bits; set base to int8, or bits, in "
+                "rules too, to 2"
+            )
+        return self
+
+    @property
+    def packed_bits(self) -> int | None:
+        """Bits of a packed frozen weight; None: it is dense."""
+        return {"dense": None, "int8": 8, "int4": 4}[self.base]
 
     def offset_at(self, bits: int) -> Literal["zero", "half", "trained"]:
         """The offset of a matrix of that many bits."""

@@ -194,7 +194,11 @@ class Known:
     def _reads(self, stage: str) -> tuple[str, ...]:
         """Whose weights a stage reads; `source` stands for the original model."""
         compact = ("compact",) if self.config.compact.enabled else ()
-        first = ("calibrate",) if self.config.compact.enabled and self.config.compact.init == "awmse" else ()
+        first = (
+            ("calibrate",)
+            if self.config.compact.enabled and self.config.compact.init in ("auto", "feedback", "awmse")
+            else ()
+        )
         deployed = (self.full_packed,) if self.config.recover.base == "decomposed" else ()
         small = ("prune", "align") if self.config.compensates else ("prune",)
         trained = compact or (*small, "train")

@@ -128,6 +128,11 @@ def sliced_base_weight(context: Context, layer: int, role: str, name: str) -> tu
     return weight, slice_bias(bias, role, kept) if PRUNED_AXIS[role] == "rows" else bias
 
 
+def merged_weight(weight: Tensor, lora_a: Tensor, lora_b: Tensor, strength: float) -> Tensor:
+    """W0 + strength B A, fp32 [out, in]."""
+    return torch.addmm(weight.float(), lora_b, lora_a, alpha=strength)
+
+
 def with_adapter(read: Callable[[str], Tensor], strength: float, dtype: torch.dtype) -> Wrap:
     """A wrap that adds stored LoRA factors, scaled by `strength`, to every linear map."""
 

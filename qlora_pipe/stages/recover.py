@@ -12,7 +12,7 @@ from qlora_pipe.hf.loss import score
 from qlora_pipe.hf.model import dense_linear, set_strength
 from qlora_pipe.hf.tokens import Row, load_tokenizer, rows
 from qlora_pipe.stages.base import Context, Stage, computing
-from qlora_pipe.stages.compact import compact_settings, compact_strength, input_squares
+from qlora_pipe.stages.compact import compact_settings, compact_strength, first_integers
 from qlora_pipe.stages.models import (
     aligned_model,
     base_model,
@@ -25,7 +25,7 @@ from qlora_pipe.stages.models import (
 from qlora_pipe.stages.packing import read_factors, write_factors
 from qlora_pipe.stages.train import strength
 from qlora_pipe.transfer import Losses, UnquantiseGap, choose_scale, transfer_efficiency
-from quant.grid import dequantize, half_step, init_grid, quantize
+from quant.grid import dequantize, half_step
 
 
 def run(context: Context) -> None:
@@ -99,18 +99,16 @@ def _unquantise_gap(context: Context, chosen: list[Row]) -> dict[str, float | No
     """L4Q trained quant(W + BA): what is lost when BA is taken without the grid it was trained on, beside what BA
     gained; a slot C that it started from is no gain of its own."""
     config = context.config
-    settings, importance = config.compact, input_squares(context)
+    settings, first = config.compact, first_integers(context)
     wrap = with_adapter(context.reader("compact", "adapter").read, compact_strength(context), context.dtype)
 
     def nearest(name: str, weight: Tensor, bias: Tensor | None) -> nn.Module:
         if config.compensates and settings.warm_start:
             lora_a, lora_b = compensation(context, name)
             weight = (weight.float() + lora_b @ lora_a).to(weight.dtype)
-        bits = context.known.integer_bits[name]
-        kind, method, group = settings.offset_at(bits), settings.init, settings.group_size
-        step, trained = init_grid(weight, bits, group, method=method, offset=kind, importance=importance(name))
-        offset = half_step(step) if kind == "half" else trained
-        codes, _ = quantize(weight.float(), step, offset, bits)
+        codes, step, offset = first(name, weight.float())
+        if settings.offset_at(context.known.integer_bits[name]) == "half":
+            offset = half_step(step)
         return dense_linear(dequantize(codes, step, offset).to(weight.dtype), bias)
 
     def dense(name: str, weight: Tensor, bias: Tensor | None) -> nn.Module:

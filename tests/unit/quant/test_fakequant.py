@@ -6,8 +6,13 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from quant import grid
+from quant.blockwise import quantize
+from quant.buffers import packed_buffers
 from quant.exceptions import QuantError, ShapeError
 from quant.fakequant import MIN_TRAINED_STEP, L4QLinear, l4q_linear
+from quant.linear import PackedMatrix
+from quant.lowrank import store_factors
+from quant.storage import Choice, PackedShape
 
 OUT, IN, GROUP = 24, 32, 8
 
@@ -132,6 +137,50 @@ def test_steps_never_fall_below_the_floor():
     module.clamp_steps_()
     assert module.scale[0, 0] == MIN_TRAINED_STEP
     assert module.scale[0, 1] == 0.5
+
+
+def packed(rank=3, transposed=False, factor_dtype="bfloat16") -> PackedMatrix:
+    choice = Choice("nf", 4, GROUP, rank, factor_dtype=factor_dtype)
+    shape = PackedShape(IN, OUT, choice, transposed)
+    weight = torch.randn(OUT, IN, generator=generator(1)) * 0.05
+    left, right = torch.randn(OUT, rank, generator=generator(11)), torch.randn(rank, IN, generator=generator(12)) * 0.01
+    factors = store_factors(left, right, factor_dtype)
+    module = PackedMatrix(shape)
+    module.load_state_dict(
+        packed_buffers(quantize(weight.t().contiguous() if transposed else weight, choice), factors, shape)
+    )
+    return module
+
+
+@pytest.mark.parametrize("row_chunk", [None, 5])
+@pytest.mark.parametrize(("rank", "factor_dtype"), [(0, "bfloat16"), (3, "bfloat16"), (3, "int8"), (3, "float32")])
+def test_a_packed_weight_gives_the_numbers_of_the_dense_one(rank, factor_dtype, row_chunk):
+    frozen = packed(rank, factor_dtype=factor_dtype)
+    dense = frozen.dequantized()
+    modules = [perturb(layer(weight=weight, row_chunk=row_chunk)) for weight in (frozen, dense)]
+    x = torch.randn(5, IN, generator=generator(5), requires_grad=True)
+    found = []
+    for module in modules:
+        x.grad = None
+        y = module(x)
+        y.square().sum().backward()
+        grads = [parameter.grad for parameter in (module.lora_a, module.lora_b, module.scale)]
+        found.append([y, x.grad, *grads, module.dequantized(), module.scale])
+    for ours, theirs in zip(*found, strict=True):
+        assert torch.equal(ours, theirs)
+    assert torch.equal(modules[0](torch.eye(IN)).t(), modules[0].dequantized())
+
+
+def test_a_packed_weight_is_no_parameter_and_is_kept_by_reference():
+    frozen = packed()
+    module = layer(weight=frozen)
+    assert {name for name, _ in module.named_parameters()} == {"lora_a", "lora_b", "scale"}
+    assert module.weight is frozen
+    assert {name for name in module.state_dict() if name.startswith("weight.")} == {
+        f"weight.{n}" for n in frozen.frozen()
+    }
+    with pytest.raises(ShapeError, match="not transposed"):
+        layer(weight=packed(transposed=True))
 
 
 def test_two_offsets_are_refused():
