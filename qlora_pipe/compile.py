@@ -11,8 +11,9 @@ from qlora_pipe import datasets
 from qlora_pipe.allocation import read_allocation
 from qlora_pipe.artifacts.manifest import Manifest, digest, file_digest
 from qlora_pipe.artifacts.store import Artifact, Store, Ticket
-from qlora_pipe.config import Config, Optimisation
+from qlora_pipe.config import Config
 from qlora_pipe.config_file import resolved_yaml
+from qlora_pipe.config_training import Optimisation
 from qlora_pipe.errors import ArtifactError, ConfigError, StageError
 from qlora_pipe.events import Reporter
 from qlora_pipe.hf import ranks

@@ -4,7 +4,7 @@ Descriptions of the fields are the documentation: `qlora-pipe init` writes them 
 `qlora-pipe schema` as JSON Schema.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -12,6 +12,7 @@ from qlora_pipe.config_data import Data
 from qlora_pipe.config_decompose import Decompose
 from qlora_pipe.config_section import Count, Fraction, Positive, Rate, Section
 from qlora_pipe.config_sparsity import PrunedEntries, check_chain, is_sparse
+from qlora_pipe.config_training import Align, Compact, FirstCodes, Guide, Refine, Train
 from qlora_pipe.errors import ConfigError
 from qlora_pipe.units import parse_bytes
 
@@ -135,105 +136,6 @@ class Prune(PrunedEntries):
         return self.widths == "allocated" and self.losses == "measured" and self.removes
 
 
-class Optimisation(Section):
-    """What transformers' Trainer is told."""
-
-    learning_rate: Rate = Field(5e-4, description="peak learning rate")
-    steps: Positive = Field(100, description="optimiser steps")
-    batch_size: Positive = Field(4, description="rows per forward pass")
-    accumulation: Positive = Field(1, description="forward passes per optimiser step")
-    length: Positive = Field(256, description="most tokens per row; longer rows are cut")
-    warmup: Fraction = Field(0.1, description="share of the steps that warm up")
-    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="learning-rate schedule")
-    weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="of adapter factors only")
-    clip: Rate = Field(1.0, description="largest gradient norm")
-    optimizer: Literal["adamw", "adamw_8bit"] = Field("adamw", description="adamw_8bit: bitsandbytes")
-    activation_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
-    save_steps: Positive = Field(25, description="steps between checkpoints a killed run resumes from")
-
-
-class Refine(Optimisation):
-    """Scales, levels and low-rank factors tuned to the original's predictions on calibration text, codes fixed."""
-
-    enabled: bool = Field(False, description="true: tune them; for the end-to-end part both models are in memory")
-    block_rows: Count = Field(0, description="calibration rows on which block after block is tuned first; 0: none")
-    block_epochs: Positive = Field(2, description="times that a block sees its rows")
-    block_rate: Rate = Field(1e-3, description="peak relative change in a step of a block")
-    learning_rate: Rate = Field(1e-3, description="peak relative change in a step of the end-to-end part")
-    steps: Count = Field(100, description="optimiser steps of the end-to-end part; 0: none")
-    batch_size: Positive = Field(1, description="rows per forward pass")
-    length: Positive = Field(512, description="tokens per row")
-
-
-class Adapter(Optimisation):
-    """An optimisation of LoRA factors."""
-
-    rank: Positive = Field(16, description="rank of the adapter")
-    alpha: Rate = Field(32.0, description="the adapter is scaled by alpha / rank")
-
-
-class Guide(Optimisation):
-    """prune.method lora: slot C learns generic text, and more and more groups are masked by what its gradients say."""
-
-    start: Fraction = Field(0.1, description="share of the steps before the first mask")
-    cooldown: Fraction = Field(0.1, description="share of the steps after the last mask")
-    interval: Positive = Field(10, description="steps between new masks")
-    decay: Fraction = Field(0.9, description="of the moving average of scores, at every step")
-    eta: Annotated[float, Field(ge=0)] = Field(
-        0.0, description="of the score's term that is quadratic in the (clipped) gradients; 1 as published"
-    )
-    sides: Literal["matched", "published"] = Field(
-        "matched",
-        description="what slot C starts from; matched: in o and down B is random and A zero, so that columns, which "
-        "are what goes there, are told apart from the first step on; published: A is random and B zero everywhere",
-    )
-
-    shrink: bool = Field(
-        False, description="true: what is masked is left out of the computation, in fewer bytes and less time a step"
-    )
-
-    @model_validator(mode="after")
-    def _leaves_a_ramp(self) -> "Guide":
-        if self.start + self.cooldown >= 1:
-            raise ValueError("start and cooldown are shares of the steps: together they must leave some to prune in")
-        return self
-
-
-class Align(Adapter):
-    """Slot C: LoRA on generic text, which makes up for what pruning removed; the full model does not get it."""
-
-    enabled: bool = Field(False, description="true: train it; the task's adapter is then trained on top")
-    teacher: Literal["original", "none"] = Field(
-        "original", description="whose predictions it learns: the original model's, or none but the text itself"
-    )
-    top: Positive = Field(64, description="next tokens that are learnt one by one from the teacher, the rest as one")
-
-
-class Tuning(Adapter):
-    """An optimisation on the task's records."""
-
-    packing: bool = Field(
-        False,
-        description="short rows share one of at most length tokens, and none sees another; batches then waste little",
-    )
-
-
-class Train(Tuning):
-    """Slot T: additive LoRA on the sliced Q + L1 L2, and on slot C if there is one."""
-
-
-class Compact(Tuning):
-    """L4Q on the pruned original weights: what was trained is the integer model that is shipped."""
-
-    enabled: bool = Field(True, description="false: only the adapter for the full model is made")
-    bits: Literal[2, 3, 4, 8] = Field(4, description="bits of the integer grid")
-    group_size: Positive = Field(64, description="weights per step size, along the input")
-    learning_rate: Rate = Field(2e-4, description="peak learning rate of the adapter factors")
-    step_rate: Rate = Field(2e-5, description="peak learning rate of the step sizes")
-    init: Literal["l4q", "symmetric", "mse"] = Field("l4q", description="first step sizes")
-    warm_start: bool = Field(True, description="start the factors from the trained adapter")
-
-
 class Recover(Section):
     """The small model's adapter put back on the full model."""
 
@@ -295,6 +197,13 @@ class Config(Section):
         """Whether the small model has a slot C: it is trained while pruning, or after, or both."""
         return self.align.enabled or self.prune.method == "lora"
 
+    def compact_init(self, bits: int) -> FirstCodes:
+        """Where a matrix of that many bits of the integer model starts."""
+        if self.compact.init != "auto":
+            return self.compact.init
+        able = self.calibrate.covariance and self.compact.offset != "trained"
+        return "feedback" if able and bits <= 3 else "awmse"
+
     @property
     def compact_transfers(self) -> bool:
         """Whether the integer model's adapter is put at the full model's shapes: not if slot C, which belongs to the
@@ -310,6 +219,15 @@ class Config(Section):
             refine=self.refine.enabled,
             grids=self.decompose.grids,
         )
+        return self
+
+    @model_validator(mode="after")
+    def _feedback_has_covariances(self) -> "Config":
+        if self.compact.enabled and self.compact.init == "feedback" and not self.calibrate.covariance:
+            raise ValueError(
+                "compact.init: feedback needs covariances, which calibrate.covariance: false leaves out: set it to "
+                "true, or compact.init to awmse"
+            )
         return self
 
 

@@ -2,10 +2,9 @@
 
 import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import zip_longest
 
 from prune.groups import PRUNED_AXIS, LayerShape, shape_of
 from qlora_pipe import layouts
@@ -14,10 +13,9 @@ from qlora_pipe.artifacts.layout import DTYPE_BYTES, SHARD_BYTES, entry_bytes, f
 from qlora_pipe.config import Config
 from qlora_pipe.errors import ConfigError
 from qlora_pipe.reading import read_by
-from qlora_pipe.rules import Narrowed, narrow
-from qlora_pipe.sparsity import check_divides
+from qlora_pipe.rules import Narrowed, bits_of, narrow
 from qlora_pipe.units import parse_budget
-from qlora_pipe.widths import narrowed, offered, prunable, small_architecture, with_biases
+from qlora_pipe.widths import small_architecture, with_biases
 from quant.exceptions import ShapeError
 from quant.storage import Choice, PackedShape
 
@@ -118,8 +116,14 @@ class Known:
         }[stage]
         return layouts.packed_shape(architecture, layer, role, allocation[linear_name(layer, role)])
 
+    @cached_property
+    def integer_bits(self) -> dict[str, int]:
+        """Code width of every linear map of the integer model."""
+        names = [name for _, _, name in self.architecture.linears()]
+        return bits_of(names, self.config.compact.bits, self.config.compact.rules)
+
     def integers(self) -> layouts.Tensors:
-        return layouts.integers(self.small, self.dtypes, self.config.compact)
+        return layouts.integers(self.small, self.dtypes, self.config.compact, self.integer_bits)
 
     def compensation(self) -> layouts.Tensors:
         """Slot C."""
@@ -241,35 +245,6 @@ def allowed(architecture: Architecture, config: Config) -> Narrowed:
             alike[key] = choices_for(architecture, role, layer, config)
         offered[name] = alike[key]
     return narrow(offered, config.decompose.rules, config.decompose.ties)
-
-
-def check_shapes(architecture: Architecture, config: Config) -> None:
-    """Everything that can be refused from shapes alone; raises ConfigError."""
-    allowed(architecture, config)
-    check_divides(architecture, config.prune.sparsity)
-    small = small_architecture(architecture, config.prune)
-    if config.align.enabled and config.align.teacher != "none" and config.align.top > architecture.vocab:
-        raise ConfigError(f"align.top {config.align.top} is more than the {architecture.vocab} tokens of the model")
-    if not config.compact.enabled:
-        return
-    for pruned in (small, *_every_width(architecture, config)):
-        for layer, role, _ in pruned.linears():
-            columns = shape_of(role, pruned.layers[layer])[1]
-            if columns % config.compact.group_size:
-                raise ConfigError(
-                    f"compact.group_size {config.compact.group_size} does not divide the {columns} inputs of the "
-                    f"pruned {role} projection; choose a divisor, prune to a multiple of it (prune.align, under "
-                    "prune.rounding aligned), or set compact.enabled to false"
-                )
-
-
-def _every_width(architecture: Architecture, config: Config) -> Iterator[Architecture]:
-    """Where scores decide on widths: models that have all that may be left of a layer."""
-    if config.prune.widths == "uniform" or not config.prune.removes:
-        return
-    for shape in {architecture.layers[layer] for layer in prunable(architecture, config.prune)}:
-        for kv_heads, ffn in zip_longest(*(offered(shape, kind, config.prune) for kind in ("kv", "ffn"))):
-            yield architecture.with_layers([narrowed(shape, kv_heads or shape.kv_heads, ffn or shape.ffn)])
 
 
 def linear_budget(architecture: Architecture, dtypes: Mapping[str, str], config: Config) -> int:

@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from prune.groups import PRUNED_AXIS, ROLES, shape_of
 from qlora_pipe.architectures import EMBEDDING, HEAD, SITES, Architecture, covariance_name, linear_name
 from qlora_pipe.artifacts.layout import DTYPE_BYTES, DTYPE_CODE, TensorSpec
-from qlora_pipe.config import Calibrate, Compact
+from qlora_pipe.config import Calibrate
+from qlora_pipe.config_training import Compact
 from quant.storage import Choice, PackedShape, packed_columns
 
 Tensors = dict[str, TensorSpec]
@@ -120,13 +121,17 @@ def peft_adapter(architecture: Architecture, rank: int) -> Tensors:
     return {f"base_model.model.{name}": spec for name, spec in adapter(architecture, rank).items()}
 
 
-def integers(architecture: Architecture, dtypes: Mapping[str, str], settings: Compact) -> Tensors:
-    """The L4Q model: packed codes and step sizes of every linear map, biases, and all other tensors."""
+def integers(
+    architecture: Architecture, dtypes: Mapping[str, str], settings: Compact, bits: Mapping[str, int]
+) -> Tensors:
+    """The L4Q model: packed codes, step sizes and trained offsets of every linear map, biases, all other tensors."""
     found = others(architecture, dtypes)
     for layer, role, name in architecture.linears():
         rows, columns = shape_of(role, architecture.layers[layer])
-        found[f"{name}.codes"] = TensorSpec("I32", (rows, packed_columns(columns, settings.bits)))
+        found[f"{name}.codes"] = TensorSpec("I32", (rows, packed_columns(columns, bits[name])))
         found[f"{name}.scale"] = TensorSpec("F32", (rows, columns // settings.group_size))
+        if settings.offset == "trained":
+            found[f"{name}.offset"] = found[f"{name}.scale"]
         if role in architecture.biased:
             found[f"{name}.bias"] = TensorSpec("F32", (rows,))
     return found

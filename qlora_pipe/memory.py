@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from prune.groups import PRUNED_AXIS, shape_of
 from qlora_pipe import layouts
 from qlora_pipe.architectures import EMBEDDING, SITES, Architecture
-from qlora_pipe.config import Optimisation
+from qlora_pipe.config_training import Optimisation
 from qlora_pipe.known import Known
+from quant.storage import Choice, PackedShape
 
 RUNTIME_BYTES = 480 * 10**6
 """Resident memory of Python with torch and transformers loaded, before a model: measured with the constraints file."""
@@ -93,10 +94,12 @@ def _work(stage: str, known: Known) -> _Work:
         batch = _batch(known, small, config.train.rank, config.train)
         return _Work(packed + compensation + _TRAINED_COPIES * adapter + batch, stream)
     if stage == "compact" and config.compact.enabled:
-        steps = sum(spec.nbytes for name, spec in known.integers().items() if name.endswith(".scale"))
+        steps = sum(spec.nbytes for name, spec in known.integers().items() if name.endswith((".scale", ".offset")))
         trained = layouts.tensor_bytes(known.compact_adapter()) + steps
         batch = _batch(known, small, known.compact_rank(), config.compact)
-        return _Work(_dense(known, small) + _TRAINED_COPIES * trained + batch, stream)
+        feedback = any(config.compact_init(bits) == "feedback" for bits in known.integer_bits.values())
+        starting = matrix + (_starting(known) if feedback else 0)
+        return _Work(_frozen(known) + max(starting, _TRAINED_COPIES * trained + batch), stream)
     if stage in ("recover", "evaluate"):
         passing = _passing(full, EVALUATION_TOKENS) + _head(known, EVALUATION_TOKENS)
         return _Work(_rebuilt(_dense(known, full), known) + full_adapter + passing, stream)
@@ -178,6 +181,26 @@ def _masking(known: Known) -> int:
         return 0
     widest = max(columns for _, columns in known.architecture.linear_shapes().values())
     return (2 * _FLOAT + 3 * 8) * widest**2
+
+
+def _starting(known: Known) -> int:
+    """Of the widest input: its covariance and the one before, two float64 matrices of a factorisation and its root."""
+    widths = (known.architecture.site_width(layer, site) for layer in range(len(known.small.layers)) for site in SITES)
+    return (2 * _FLOAT + 2 * 8 + _FLOAT) * max(widths) ** 2
+
+
+def _frozen(known: Known) -> int:
+    """The small model under the integer grid: in the compute dtype, or its linear maps packed."""
+    settings, found = known.config.compact, _dense(known, known.small)
+    if settings.packed_bits is None:
+        return found
+    rank = known.compact_rank() if settings.warm_start else 0
+    choice = Choice("nf", settings.packed_bits, settings.group_size, rank, 32, "float32", factor_dtype="float32")
+    for layer, role, _ in known.small.linears():
+        rows, columns = shape_of(role, known.small.layers[layer])
+        packed = layouts.packed_bytes(PackedShape(columns, rows, choice, transposed=False))
+        found -= _width(known) * rows * columns - packed
+    return found
 
 
 def _dense(known: Known, architecture: Architecture) -> int:

@@ -8,8 +8,9 @@ from qlora_pipe.artifacts.headers import read_folder
 from qlora_pipe.budget import require_feasible
 from qlora_pipe.config import Config
 from qlora_pipe.errors import PlanError
-from qlora_pipe.known import CHAIN, Known, check_shapes, estimate_allocation
+from qlora_pipe.known import CHAIN, Known, estimate_allocation
 from qlora_pipe.memory import peak_bytes
+from qlora_pipe.shapes import check_shapes
 from qlora_pipe.sources import ModelSource, architecture_of, find_model
 from qlora_pipe.units import format_bytes, parse_bytes
 

@@ -8,6 +8,7 @@ def read_by(stage: str, config: Config, full_packed: str) -> tuple[str, ...]:
     full decomposed model is of."""
     sparse = config.prune.sparsity.enabled
     compact = ("compact",) if config.compact.enabled else ()
+    first = ("calibrate",) if compact and config.compact.init in ("auto", "feedback", "awmse") else ()
     deployed = (full_packed,) if config.recover.base == "decomposed" else ()
     small = ("prune", "align") if config.compensates else ("prune",)
     trained = compact or (*small, "train")
@@ -27,8 +28,8 @@ def read_by(stage: str, config: Config, full_packed: str) -> tuple[str, ...]:
         "prune": (full_packed, *(("source", "calibrate", "select") if sparse else means)),
         "align": (*guided, *aligning),
         "train": small,
-        "compact": ("source", *small[1:], "train") if compact else (),
-        "recover": ("source", *small, "train", *compact, *deployed),
+        "compact": ("source", *first, *small[1:], "train") if compact else (),
+        "recover": ("source", *first, *small, "train", *compact, *deployed),
         "export": ("source", "recover", *trained, *deployed),
         "evaluate": ("source", full_packed, *small, "train", *compact, "recover"),
     }

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 
 from qlora_pipe.architectures import linear_name, place_of
-from qlora_pipe.config_rules import Rule, Tie
+from qlora_pipe.config_rules import BitsRule, Rule, Selector, Tie
 from qlora_pipe.errors import ConfigError
 from quant.storage import Choice
 
@@ -101,7 +101,18 @@ def _members(names: Sequence[str], tie: Tie, number: int) -> Iterator[list[str]]
         yield [linear_name(layer, role) for role in tie]
 
 
-def _matching(names: Sequence[str], rule: Rule, called: str) -> tuple[str, ...]:
+def bits_of(names: Sequence[str], bits: int, rules: Sequence[BitsRule]) -> dict[str, int]:
+    """Code width of every matrix of the integer model: that of the last rule that is for it, else `bits`.
+
+    Raises ConfigError, naming the rule, where one is for no matrix.
+    """
+    found = dict.fromkeys(names, bits)
+    for number, rule in enumerate(rules):
+        found |= dict.fromkeys(_matching(names, rule, f"compact.rules.{number} {rule}"), rule.bits)
+    return found
+
+
+def _matching(names: Sequence[str], rule: Selector, called: str) -> tuple[str, ...]:
     """The matrices a rule is for; raises ConfigError if there are none, or a layer does not exist."""
     places = {name: place_of(name) for name in names}
     count = 1 + max(layer for layer, _ in places.values())

@@ -8,6 +8,8 @@ Source: L4Q, arXiv 2402.04902 (ACL 2025), section 3. The paper's s is ``scale``,
 """
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,7 +18,9 @@ from torch.autograd.function import once_differentiable
 
 from quant import grid
 from quant.exceptions import QuantError, ShapeError
+from quant.linear import PackedMatrix, weight_rows
 from quant.rebuild import autocast_input, check_input, row_chunks, without_autocast
+from quant.storage import PackedShape
 
 MIN_TRAINED_STEP = 6.2e-5
 """Absolute floor of a trained step: just above the smallest normal fp16, in which checkpoints store steps.
@@ -25,13 +29,41 @@ A step below it would lose precision when written and, at zero or less, would fl
 """
 
 
-def _merge(weight: Tensor, lora_a: Tensor, lora_b: Tensor, alpha: float, rows: slice, dtype: torch.dtype) -> Tensor:
-    """Rows of ``W0 + alpha * B @ A`` in ``dtype``, [rows, in]."""
-    return torch.addmm(weight[rows].to(dtype), lora_b[rows].to(dtype), lora_a.to(dtype), alpha=alpha)
+@dataclass(frozen=True)
+class _Stored:
+    """How the frozen weight is kept: packed in `shape` as buffers of these `names`, or as one dense tensor."""
+
+    shape: PackedShape | None
+    names: tuple[str, ...]
+
+    def rows(self, tensors: Sequence[Tensor], rows: slice, dtype: torch.dtype) -> Tensor:
+        """Rows of W0 in ``dtype``, [rows, in]."""
+        if self.shape is None:
+            return tensors[0][rows].to(dtype)
+        return weight_rows(dict(zip(self.names, tensors, strict=True)), self.shape, rows).to(dtype)
 
 
-def _rows(tensor: Tensor | None, rows: slice) -> Tensor | None:
-    return None if tensor is None else tensor[rows]
+def _merge(base: Tensor, lora_a: Tensor, lora_b: Tensor, alpha: float) -> Tensor:
+    """Rows of ``W0 + alpha * B @ A``, [rows, in], from those of W0 and B, in the dtype of W0's."""
+    return torch.addmm(base, lora_b.to(base.dtype), lora_a.to(base.dtype), alpha=alpha)
+
+
+def _stored(weight: Tensor | PackedMatrix) -> tuple[_Stored, tuple[Tensor, ...], tuple[int, int]]:
+    """How the frozen weight is kept, its tensors, and [out, in]."""
+    if isinstance(weight, Tensor):
+        return _Stored(None, ()), (weight,), (weight.shape[0], weight.shape[1])
+    if weight.shape.transposed:
+        raise ShapeError("a frozen weight is rebuilt by its outputs; pack it as [out, in], not transposed")
+    buffers = weight.frozen()
+    sides = (weight.shape.out_features, weight.shape.in_features)
+    return _Stored(weight.shape, tuple(buffers)), tuple(buffers.values()), sides
+
+
+def _offset(scale: Tensor, offset: Tensor | None, half: bool, rows: slice) -> Tensor | None:
+    """What code 0 of these rows' groups stands for; None is 0."""
+    if half:
+        return grid.half_step(scale[rows])
+    return None if offset is None else offset[rows]
 
 
 class L4QFunction(torch.autograd.Function):
@@ -45,34 +77,37 @@ class L4QFunction(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        weight: Tensor,
         lora_a: Tensor,
         lora_b: Tensor,
         scale: Tensor,
         offset: Tensor | None,
+        half: bool,
         alpha: float,
         bits: int,
         row_chunk: int | None,
+        stored: _Stored,
+        *base: Tensor,
     ) -> Tensor:
-        ctx.save_for_backward(x, weight, lora_a, lora_b, scale, offset)
-        ctx.alpha, ctx.bits, ctx.row_chunk = alpha, bits, row_chunk
-        rows_total, columns = weight.shape
+        ctx.save_for_backward(x, lora_a, lora_b, scale, offset, *base)
+        ctx.half, ctx.alpha, ctx.bits, ctx.row_chunk, ctx.stored = half, alpha, bits, row_chunk, stored
+        rows_total, columns = len(lora_b), lora_a.shape[1]
         y = x.new_empty(*x.shape[:-1], rows_total)
         flat_x, flat_y = x.reshape(-1, columns), y.view(-1, rows_total)
         with without_autocast(x):
             for rows in row_chunks(rows_total, columns, row_chunk):
-                merged = _merge(weight, lora_a, lora_b, alpha, rows, scale.dtype)
-                codes = grid.round_codes(grid.normalise(merged, scale[rows], _rows(offset, rows)), bits)
-                w_q = grid.dequantize(codes.view_as(merged), scale[rows], _rows(offset, rows))
+                merged = _merge(stored.rows(base, rows, scale.dtype), lora_a, lora_b[rows], alpha)
+                at = _offset(scale, offset, half, rows)
+                codes = grid.round_codes(grid.normalise(merged, scale[rows], at), bits)
+                w_q = grid.dequantize(codes.view_as(merged), scale[rows], at)
                 flat_y[:, rows] = flat_x @ w_q.to(x.dtype).t()
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, lora_a, lora_b, scale, offset = ctx.saved_tensors
+        x, lora_a, lora_b, scale, offset, *base = ctx.saved_tensors
         alpha, bits, dtype = ctx.alpha, ctx.bits, scale.dtype
-        rows_total, columns = weight.shape
+        rows_total, columns = len(lora_b), lora_a.shape[1]
         flat_x, flat_grad = x.reshape(-1, columns), grad_y.reshape(-1, rows_total)
         grad_x = torch.zeros_like(flat_x, dtype=dtype) if ctx.needs_input_grad[0] else None
         grad_a, grad_b = torch.zeros_like(lora_a, dtype=dtype), torch.empty_like(lora_b, dtype=dtype)
@@ -80,36 +115,40 @@ class L4QFunction(torch.autograd.Function):
         grad_offset = None if offset is None else torch.empty_like(offset)
         with without_autocast(x):
             for rows in row_chunks(rows_total, columns, ctx.row_chunk):
-                merged = _merge(weight, lora_a, lora_b, alpha, rows, dtype)
-                real = grid.normalise(merged, scale[rows], _rows(offset, rows))
+                merged = _merge(ctx.stored.rows(base, rows, dtype), lora_a, lora_b[rows], alpha)
+                at = _offset(scale, offset, ctx.half, rows)
+                real = grid.normalise(merged, scale[rows], at)
                 codes = grid.round_codes(real, bits)
                 kept = grid.in_range(real, bits).to(dtype)
                 if grad_x is not None:
-                    w_q = grid.dequantize(codes.view_as(merged), scale[rows], _rows(offset, rows))
+                    w_q = grid.dequantize(codes.view_as(merged), scale[rows], at)
                     grad_x += flat_grad[:, rows] @ w_q.to(x.dtype)
                 grad_w = (flat_grad[:, rows].t() @ flat_x).to(dtype).view_as(real)
-                # d W_q / d scale is q - w in range and q (QN or QP) where clipped.
+                # d W_q / d scale is q - w in range and q (QN or QP) where clipped; d W_q / d offset 0 and 1.
                 residual = codes.sub_(real.mul_(kept))
                 grad_scale[rows] = residual.mul_(grad_w).sum(-1)
-                if grad_offset is not None:
-                    grad_offset[rows] = (grad_w * (1 - kept)).sum(-1)
+                if at is not None:
+                    grad_at = (grad_w * (1 - kept)).sum(-1)
+                    if grad_offset is None:
+                        grad_scale[rows] += 0.5 * grad_at
+                    else:
+                        grad_offset[rows] = grad_at
                 grad_merged = grad_w.mul_(kept).view_as(merged)
                 torch.mm(grad_merged, lora_a.to(dtype).t(), out=grad_b[rows])
                 grad_a.addmm_(lora_b[rows].to(dtype).t(), grad_merged)
         return (
             None if grad_x is None else grad_x.to(x.dtype).view_as(x),
-            None,
             grad_a.mul_(alpha).to(lora_a.dtype),
             grad_b.mul_(alpha).to(lora_b.dtype),
             grad_scale,
             grad_offset,
-            *(None, None, None),
+            *(None,) * (5 + len(base)),
         )
 
 
 def l4q_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | PackedMatrix,
     lora_a: Tensor,
     lora_b: Tensor,
     scale: Tensor,
@@ -118,6 +157,7 @@ def l4q_linear(
     alpha: float,
     bits: int,
     group_size: int,
+    half: bool = False,
     bias: Tensor | None = None,
     row_chunk: int | None = None,
 ) -> Tensor:
@@ -125,21 +165,23 @@ def l4q_linear(
 
     Args:
         x: [..., in]; its dtype is the compute dtype of the products with activations.
-        weight: [out, in], frozen, any float dtype.
+        weight: [out, in], frozen, any float dtype; or packed and not transposed, rebuilt in the same chunks.
         lora_a: [rank, in]. lora_b: [out, rank]. ``alpha`` multiplies ``B @ A`` as is, any 1/rank folded in.
         scale: [out, in // group_size], fp32 or fp64, positive. offset: like scale, or None for a frozen 0.
+        half: the offset is half a step, whatever the step, and the step's gradient has its share; excludes ``offset``.
         row_chunk: weight rows rebuilt at once; default about 2**20 weights.
 
     Returns:
         [..., out] in x's dtype (autocast's dtype under autocast).
 
     Raises:
-        ShapeError: an operand does not fit. QuantError: scale is not fp32 or fp64.
+        ShapeError: an operand does not fit. QuantError: scale is not fp32 or fp64, or there are two offsets.
 
     Peak bytes beyond the result: forward 18 x row_chunk x in, backward 36 x row_chunk x in plus an fp32
-    gradient of x. FLOPs: 6 x tokens x out x in, like full fine-tuning and 1.5 x LoRA.
+    gradient of x; with a packed weight its scales in fp32 and its factors in fp64 beside these. FLOPs: 6 x tokens x out
+    x in, like full fine-tuning and 1.5 x LoRA.
     """
-    rows, columns = weight.shape
+    stored, base, (rows, columns) = _stored(weight)
     check_input(x, columns)
     groups = grid.group_count(columns, group_size)
     expected = {"lora_a": (lora_a, (lora_b.shape[-1], columns)), "lora_b": (lora_b, (rows, lora_a.shape[0]))}
@@ -149,11 +191,13 @@ def l4q_linear(
     for name, (tensor, shape) in expected.items():
         if tuple(tensor.shape) != shape:
             raise ShapeError(f"{name} must be {shape} for a weight {(rows, columns)}, found {tuple(tensor.shape)}")
+    if half and offset is not None:
+        raise QuantError("an offset of half a step is the step's own; leave offset out")
     if scale.dtype not in (torch.float32, torch.float64):
         raise QuantError(f"steps train in fp32 (bf16 loses the updates); found scale in {scale.dtype}")
     x = autocast_input(x)
     y: Tensor = L4QFunction.apply(  # type: ignore[no-untyped-call]
-        x, weight, lora_a, lora_b, scale, offset, alpha, bits, row_chunk
+        x, lora_a, lora_b, scale, offset, half, alpha, bits, row_chunk, stored, *base
     )
     return y if bias is None else y + bias.to(y.dtype)
 
@@ -162,17 +206,19 @@ class L4QLinear(nn.Module):
     """A linear layer trained with L4Q: frozen weight and bias, trainable factors and steps (and offsets).
 
     Trainable values: ``rank * (in + out) + out * in / group_size``, twice the last term with
-    ``train_offset``. All are fp32 masters whatever the weight's dtype: near a step of 0.008 the bf16 spacing
+    a trained offset. All are fp32 masters whatever the weight's dtype: near a step of 0.008 the bf16 spacing
     is 6e-5, larger than an update.
 
     Args:
-        weight: [out, in], any float dtype; kept by reference, never copied, never trained.
+        weight: [out, in], any float dtype, or packed and not transposed; kept by reference, never copied, never
+            trained.
         bias: [out] or None, frozen.
         rank, alpha: rank of the factors; ``alpha`` multiplies ``B @ A`` as is (pass ``lora_alpha / rank`` for
             the LoRA convention).
         generator: draws ``lora_a``, Kaiming-uniform with a = sqrt(5); unused with a warm start.
-        train_offset: train a real offset per group; otherwise the offset is a frozen 0 (symmetric export).
-        init: step initialisation, see ``quant.grid.init_step``.
+        offset: what code 0 stands for, see ``quant.grid.OffsetKind``.
+        init: first steps, and offsets if they are trained, see ``quant.grid.init_grid``.
+        steps: first steps, and offsets or None, chosen before; they replace those of ``init``.
         warm_start: ``(A [rank, in], B [out, rank])`` copied into the factors, replacing ``rank`` by theirs.
             Initial steps are then chosen for ``W0 + alpha * B @ A``, the matrix that is quantised at step 0,
             not for W0.
@@ -180,7 +226,7 @@ class L4QLinear(nn.Module):
             equal.
 
     Raises:
-        ShapeError, NonFiniteError, QuantError: as in ``l4q_linear`` and ``grid.init_step``.
+        ShapeError, NonFiniteError, QuantError: as in ``l4q_linear`` and ``grid.init_grid``.
 
     Peak bytes of construction: about 5 x out x in in fp32 (8 x with "mse").
     """
@@ -189,7 +235,7 @@ class L4QLinear(nn.Module):
 
     def __init__(
         self,
-        weight: Tensor,
+        weight: Tensor | PackedMatrix,
         bias: Tensor | None,
         *,
         bits: int,
@@ -197,30 +243,34 @@ class L4QLinear(nn.Module):
         rank: int,
         alpha: float,
         generator: torch.Generator,
-        train_offset: bool = False,
+        offset: grid.OffsetKind = "zero",
         init: grid.StepMethod = "l4q",
+        steps: tuple[Tensor, Tensor | None] | None = None,
         warm_start: tuple[Tensor, Tensor] | None = None,
         row_chunk: int | None = None,
     ) -> None:
         super().__init__()
-        self.out_features, self.in_features = weight.shape
+        stored, base, (self.out_features, self.in_features) = _stored(weight)
         self.bits, self.group_size, self.alpha, self.row_chunk = bits, group_size, alpha, row_chunk
-        self.weight = nn.Parameter(weight.detach(), requires_grad=False)
+        self.weight = nn.Parameter(weight.detach(), requires_grad=False) if isinstance(weight, Tensor) else weight
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
-        lora_a, lora_b = warm_start or _fresh_factors(weight, rank, generator)
+        lora_a, lora_b = warm_start or _fresh_factors(self.out_features, self.in_features, rank, generator)
         self.rank = lora_a.shape[0]
         if lora_a.shape != (self.rank, self.in_features) or lora_b.shape != (self.out_features, self.rank):
             raise ShapeError(
                 f"warm start must be ([rank, {self.in_features}], [{self.out_features}, rank]), "
                 f"found {tuple(lora_a.shape)} and {tuple(lora_b.shape)}"
             )
-        self.lora_a = nn.Parameter(lora_a.detach().to(weight.device, torch.float32, copy=True))
-        self.lora_b = nn.Parameter(lora_b.detach().to(weight.device, torch.float32, copy=True))
-        every_row = slice(0, self.out_features)
-        with torch.no_grad():
-            merged = _merge(self.weight, self.lora_a, self.lora_b, alpha, every_row, torch.float32)
-        self.scale = nn.Parameter(grid.init_step(merged, bits, group_size, method=init))
-        self.offset = nn.Parameter(torch.zeros_like(self.scale)) if train_offset else None
+        self.lora_a = nn.Parameter(lora_a.detach().to(base[0].device, torch.float32, copy=True))
+        self.lora_b = nn.Parameter(lora_b.detach().to(base[0].device, torch.float32, copy=True))
+        if steps is None:
+            with torch.no_grad():
+                whole = stored.rows(base, slice(0, self.out_features), torch.float32)
+                merged = _merge(whole, self.lora_a, self.lora_b, alpha)
+            steps = grid.init_grid(merged, bits, group_size, method=init, offset=offset)
+        scale, first = steps
+        self.half_offset = offset == "half"
+        self.scale, self.offset = nn.Parameter(scale), None if first is None else nn.Parameter(first)
         self.clamp_steps_()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -235,6 +285,7 @@ class L4QLinear(nn.Module):
             alpha=self.alpha,
             bits=self.bits,
             group_size=self.group_size,
+            half=self.half_offset,
             bias=self.bias,
             row_chunk=self.row_chunk,
         )
@@ -248,17 +299,21 @@ class L4QLinear(nn.Module):
 
     @torch.no_grad()
     def quantized(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The integers forward uses now, bit for bit: codes int8 [out, in], scale, offset or None (copies).
+        """The integers forward uses now, bit for bit: codes int8 [out, in], scale, and the offset of every group, half
+        a step or trained, or None where it is 0 (copies).
 
         Peak bytes beyond the codes: 15 x row_chunk x in.
         """
-        codes = torch.empty(self.weight.shape, dtype=torch.int8, device=self.weight.device)
+        stored, base, sides = _stored(self.weight)
+        codes = torch.empty(sides, dtype=torch.int8, device=self.scale.device)
         with without_autocast(codes):
             for rows in row_chunks(self.out_features, self.in_features, self.row_chunk):
-                merged = _merge(self.weight, self.lora_a, self.lora_b, self.alpha, rows, self.scale.dtype)
-                codes[rows] = grid.quantize(merged, self.scale[rows], _rows(self.offset, rows), self.bits)[0]
-        offset = None if self.offset is None else self.offset.detach().clone()
-        return codes, self.scale.detach().clone(), offset
+                frozen = stored.rows(base, rows, self.scale.dtype)
+                merged = _merge(frozen, self.lora_a, self.lora_b[rows], self.alpha)
+                at = _offset(self.scale, self.offset, self.half_offset, rows)
+                codes[rows] = grid.quantize(merged, self.scale[rows], at, self.bits)[0]
+        offset = _offset(self.scale, self.offset, self.half_offset, slice(0, self.out_features))
+        return codes, self.scale.detach().clone(), None if offset is None else offset.detach().clone()
 
     @torch.no_grad()
     def dequantized(self) -> Tensor:
@@ -272,10 +327,10 @@ class L4QLinear(nn.Module):
         )
 
 
-def _fresh_factors(weight: Tensor, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def _fresh_factors(rows: int, columns: int, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """LoRA's start: A Kaiming-uniform(a=sqrt 5), drawn where the generator lives, B zeros."""
     if rank < 1:
         raise ShapeError(f"rank must be at least 1, found {rank}")
-    lora_a = torch.empty(rank, weight.shape[1], dtype=torch.float32, device=generator.device)
+    lora_a = torch.empty(rank, columns, dtype=torch.float32, device=generator.device)
     nn.init.kaiming_uniform_(lora_a, a=math.sqrt(5), generator=generator)
-    return lora_a, weight.new_zeros(weight.shape[0], rank)
+    return lora_a, torch.zeros(rows, rank, dtype=torch.float32, device=generator.device)

@@ -7,7 +7,7 @@ group with step ``scale`` and real offset ``offset`` stands for the weight ``q *
 Source: L4Q, arXiv 2402.04902 (ACL 2025), section 3 and the initialisation table.
 """
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -24,7 +24,14 @@ TIE_TOLERANCE = 1e-4
 Without the slack those extremes would count as clipped at step 0.
 """
 
-StepMethod = Literal["l4q", "symmetric", "mse"]
+StepMethod = Literal["l4q", "symmetric", "lsq+", "asymmetric", "mse", "awmse"]
+
+OffsetKind = Literal["zero", "half", "trained"]
+"""What code 0 stands for: the weight 0, half a step, or a trained number.
+
+At half a step the levels lie evenly on both sides of 0, which is not one of them: at 2 bits -1.5, -0.5, 0.5 and 1.5
+steps (the balanced grid of ParetoQ, arXiv 2502.02631) where an offset of 0 has -2, -1, 0 and 1.
+"""
 
 _SHRINK_FACTORS = tuple(1.0 - 0.025 * k for k in range(29))
 
@@ -52,51 +59,106 @@ def group_count(columns: int, group_size: int) -> int:
     return columns // group_size
 
 
-def init_step(weight: Tensor, bits: int, group_size: int, *, method: StepMethod = "l4q") -> Tensor:
-    """Initial step of every group, with the offset at 0.
+def init_grid(
+    weight: Tensor,
+    bits: int,
+    group_size: int,
+    *,
+    method: StepMethod = "l4q",
+    offset: OffsetKind = "zero",
+    importance: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Initial step of every group, and its offset where that is trained.
 
-    ``"l4q"`` covers the whole range, ``max(|min W / QN|, |max W / QP|)``, so nothing clips. ``"symmetric"``
-    is ``max |W| / 2**(bits-1)``. ``"mse"`` shrinks the l4q step by the factor in 0.3..1.0 with the smallest
-    squared error. At 2 bits the l4q step rounds nearly everything to 0 (L4Q reports no 2-bit result); use
-    ``"mse"`` there.
+    ``"l4q"`` covers the whole range, ``max(|min W / QN|, |max W / QP|)``, or from half a step ``max |W| / (QP + 1/2)``,
+    so nothing clips. ``"symmetric"`` is ``max |W| / 2**(bits-1)``, ``"lsq+"`` ``max |mean -+ 3 deviations| /
+    2**(bits-1)``. ``"asymmetric"`` is ``(max W - min W) / (QP - QN)``, its offset puts max W at QP. ``"mse"`` shrinks
+    the l4q step, or with a trained offset the asymmetric one about its middle, by the factor in 0.3..1.0 with the
+    smallest squared error; ``"awmse"`` weights the error of each column by ``importance``. With the other methods a
+    trained offset starts at 0. At 2 bits with an offset of 0 the l4q step rounds nearly everything to 0 (L4Q reports no
+    2-bit result).
 
     Args:
         weight: [out, in], float; half precision is computed in fp32, fp64 stays fp64.
+        importance: [in], mean square of each input, not negative; for ``"awmse"`` alone.
 
     Returns:
-        scale, [out, in // group_size], fp32 (fp64 for fp64 weights), at least ``MIN_STEP``.
+        scale, [out, in // group_size], fp32 (fp64 for fp64 weights), at least ``MIN_STEP``; a trained offset of the
+        same shape, else None.
 
     Raises:
-        QuantError: unknown method or bits. ShapeError: ``in % group_size != 0`` or not a matrix.
-        NonFiniteError: the weight holds inf or NaN.
+        QuantError: unknown method or bits; "asymmetric" without a trained offset; "awmse" without importance.
+        ShapeError: ``in % group_size != 0``, not a matrix, or importance of another length. NonFiniteError: the weight
+        holds inf or NaN.
 
-    Peak bytes beyond weight and result: 1 x weight; "mse" 4 x weight (fp32).
+    Peak bytes beyond weight and result: 2 x weight; "mse" and "awmse" 4 x weight (fp32).
+
+    Source: L4Q, arXiv 2402.04902, the initialisation table; LSQ+, arXiv 2004.09576, section 3.2.
     """
     low, high = bounds(bits)
     if weight.dim() != 2:
         raise ShapeError(f"weight must be [out, in], found shape {tuple(weight.shape)}")
     groups = group_count(weight.shape[1], group_size)
+    _check_method(method, offset, importance, weight.shape[1])
     weight = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
-    smallest, largest = weight.reshape(weight.shape[0], groups, group_size).aminmax(dim=-1)
+    grouped = weight.reshape(weight.shape[0], groups, group_size)
+    smallest, largest = grouped.aminmax(dim=-1)
     if not bool((torch.isfinite(smallest) & torch.isfinite(largest)).all()):
         raise NonFiniteError("weight holds inf or NaN; a step can only be chosen for finite weights")
+    middle = None
     if method == "symmetric":
-        return (torch.maximum(-smallest, largest) / -low).clamp_(min=MIN_STEP)
-    if method not in ("l4q", "mse"):
-        raise QuantError(f'method must be "l4q", "symmetric" or "mse", found {method!r}')
-    step = torch.maximum((smallest / low).abs(), (largest / high).abs()).clamp_(min=MIN_STEP)
-    return step if method == "l4q" else _search_step(weight, step, bits)
+        step = torch.maximum(-smallest, largest) / -low
+    elif method == "lsq+":
+        deviation, mean = torch.std_mean(grouped, dim=-1, correction=0)
+        step = (mean.abs() + 3 * deviation) / -low
+    elif offset == "trained" and method != "l4q":
+        step, middle = (largest - smallest) / (high - low), (largest + smallest) / 2
+    elif offset == "half":
+        step = torch.maximum(-smallest, largest) / (high + 0.5)
+    else:
+        step = torch.maximum((smallest / low).abs(), (largest / high).abs())
+    step.clamp_(min=MIN_STEP)
+    if method in ("mse", "awmse"):
+        step = _search_step(weight, step, middle, bits, offset, importance if method == "awmse" else None)
+    if offset != "trained":
+        return step, None
+    return step, torch.zeros_like(step) if middle is None else middle + half_step(step)
 
 
-def _search_step(weight: Tensor, step: Tensor, bits: int) -> Tensor:
+def half_step(scale: Tensor) -> Tensor:
+    """The offset tied to the step, exact: with it, codes QN and QP lie equally far from 0."""
+    return 0.5 * scale
+
+
+def _check_method(method: StepMethod, offset: OffsetKind, importance: Tensor | None, columns: int) -> None:
+    if method not in get_args(StepMethod):
+        raise QuantError(f"method must be one of {get_args(StepMethod)}, found {method!r}")
+    if offset not in get_args(OffsetKind):
+        raise QuantError(f"offset must be one of {get_args(OffsetKind)}, found {offset!r}")
+    if method == "asymmetric" and offset != "trained":
+        raise QuantError(f'method "asymmetric" starts a trained offset, found offset {offset!r}')
+    if method == "awmse" and importance is None:
+        raise QuantError('method "awmse" weights errors by importance, the mean squares of the inputs; give them')
+    if importance is not None and importance.shape != (columns,):
+        raise ShapeError(f"importance must be [{columns}], one for each input, found {list(importance.shape)}")
+
+
+def _search_step(
+    weight: Tensor, step: Tensor, middle: Tensor | None, bits: int, offset: OffsetKind, importance: Tensor | None
+) -> Tensor:
     best_step, best_error = step, torch.full_like(step, float("inf"))
     for factor in _SHRINK_FACTORS:
         candidate = (step * factor).clamp_(min=MIN_STEP)
-        rebuilt = dequantize(quantize(weight, candidate, None, bits)[0], candidate, None)
-        error = (rebuilt - weight).square_().reshape(*step.shape, -1).sum(dim=-1)
-        better = error < best_error
+        at = None if offset == "zero" else half_step(candidate)
+        if middle is not None and at is not None:
+            at += middle
+        error = dequantize(quantize(weight, candidate, at, bits)[0], candidate, at).sub_(weight).square_()
+        if importance is not None:
+            error *= importance.to(error)
+        total = error.view(*step.shape, -1).sum(dim=-1)
+        better = total < best_error
         best_step = torch.where(better, candidate, best_step)
-        best_error = torch.where(better, error, best_error)
+        best_error = torch.where(better, total, best_error)
     return best_step
 
 

@@ -34,17 +34,18 @@ def _stored_chunks(buffers: Buffers, shape: PackedShape) -> Iterator[tuple[slice
     """Rows of the stored Q, fp32 [chunk, columns], in order."""
     scale, zero = first_level_scales(buffers, shape), zero_points(buffers, shape)
     for rows in row_chunks(shape.rows, shape.columns, max(1, _CHUNK // shape.columns)):
-        yield (
-            rows,
-            dequantize_packed(
-                buffers["codes"][rows],
-                shape.choice.bits,
-                shape.columns,
-                scale[rows],
-                buffers["levels"],
-                None if zero is None else zero[rows],
-            ),
-        )
+        yield rows, _stored_rows(buffers, shape, rows, scale, zero)
+
+
+def _stored_rows(buffers: Buffers, shape: PackedShape, rows: slice, scale: Tensor, zero: Tensor | None) -> Tensor:
+    return dequantize_packed(
+        buffers["codes"][rows],
+        shape.choice.bits,
+        shape.columns,
+        scale[rows],
+        buffers["levels"],
+        None if zero is None else zero[rows],
+    )
 
 
 def _product(v: Tensor, buffers: Buffers, shape: PackedShape, along_input: bool) -> Tensor:
@@ -99,14 +100,28 @@ def product(x: Tensor, buffers: Buffers, shape: PackedShape) -> Tensor:
 
 def dense_weight(buffers: Buffers, shape: PackedShape, include_lowrank: bool = True) -> Tensor:
     """W or Q, fp32 [out, in]; see `PackedMatrix.dequantized`."""
-    left, right = buffers["lowrank_left"].double(), buffers["lowrank_right"].double()
-    if "lowrank_scale" in buffers:
-        left = left * buffers["lowrank_scale"]
+    left, right = _exact_factors(buffers)
     dense = torch.empty(shape.out_features, shape.in_features, dtype=torch.float32, device=left.device)
     stored, first, second = (dense.t(), right.t(), left.t()) if shape.transposed else (dense, left, right)
     for rows, weight in _stored_chunks(buffers, shape):
         stored[rows] = (first[rows] @ second + weight).float() if include_lowrank else weight
     return dense
+
+
+def weight_rows(buffers: Buffers, shape: PackedShape, rows: slice) -> Tensor:
+    """Rows of W, fp32 [rows, in], of a map that is not transposed: those of `dense_weight`. Peak bytes: 16 x rows x in,
+    the map's scales in fp32 and its factors in fp64."""
+    weight = _stored_rows(buffers, shape, rows, first_level_scales(buffers, shape), zero_points(buffers, shape))
+    if not shape.choice.rank:
+        return weight
+    left, right = _exact_factors(buffers)
+    return (left[rows] @ right).add_(weight).float()
+
+
+def _exact_factors(buffers: Buffers) -> tuple[Tensor, Tensor]:
+    """Low-rank factors in fp64, a component's scale in the left one."""
+    left, right = buffers["lowrank_left"].double(), buffers["lowrank_right"].double()
+    return left * buffers["lowrank_scale"] if "lowrank_scale" in buffers else left, right
 
 
 class PackedMatrix(nn.Module):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_pipe.artifacts.scratch import Scratch
-from qlora_pipe.config import Refine
+from qlora_pipe.config_training import Refine
 from qlora_pipe.errors import StageError
 from qlora_pipe.events import Reporter
 from qlora_pipe.hf.calibration import Arguments, CalibrationBatch

@@ -14,7 +14,7 @@ from prune.members import MemberScores
 from prune.schedule import mask_updates
 from prune.select import keep_best
 from qlora_pipe.architectures import linear_name
-from qlora_pipe.config import Guide
+from qlora_pipe.config_training import Guide
 from qlora_pipe.errors import StageError
 from quant.linear import PackedLinear
 

@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from qlora_pipe.artifacts.manifest import file_digest
-from qlora_pipe.config import Optimisation
+from qlora_pipe.config_training import Optimisation
 from qlora_pipe.errors import StageError
 from qlora_pipe.events import Reporter
 from qlora_pipe.hf import ranks

@@ -1,23 +1,29 @@
 """compact: L4Q on the pruned original weights; the integers of the last step are what is written."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from qlora_pipe.architectures import place_of
 from qlora_pipe.artifacts.tensors import TensorReader
 from qlora_pipe.config import Config
 from qlora_pipe.stages.base import Context, Stage, alike, computing
-from qlora_pipe.stages.models import Make, compensation, l4q_modules, sliced_base_model
+from qlora_pipe.stages.models import Make, compensation, l4q_modules, merged_weight, sliced_base_model
+from qlora_pipe.stages.moments import Moments
 from qlora_pipe.stages.packing import read_factors, write_factors
 from qlora_pipe.stages.train import fit, strength, task_rows
 from quant.fakequant import L4QLinear
 from quant.grid import to_unsigned
+from quant.linear import PackedMatrix
 from quant.pack import pack
+from quant.start import first_codes, into_cells, packed_into_cells
 
 
 def run(context: Context) -> None:
-    """Peak bytes: the small model in the compute dtype, factors and steps with optimiser state, one batch."""
+    """Peak bytes: the small model in the compute dtype, its linear maps packed if `base` says so, factors and steps
+    with optimiser state, and one batch; before that one matrix's temporaries and what `Moments` holds."""
     settings = context.config.compact
     if not settings.enabled:
         context.write_json("skipped.json", {"reason": "compact.enabled is false"})
@@ -25,8 +31,9 @@ def run(context: Context) -> None:
     model = sliced_base_model(context, _l4q_maker(context))
     modules = l4q_modules(model)
     for module in modules.values():
-        for parameter in (module.lora_a, module.lora_b, module.scale):
-            parameter.requires_grad_()
+        for parameter in (module.lora_a, module.lora_b, module.scale, module.offset):
+            if parameter is not None:
+                parameter.requires_grad_()
     log = fit(context, model, task_rows(context, settings), settings, settings.step_rate)
     _write(context, modules)
     context.write_json("history.json", log)
@@ -40,25 +47,64 @@ def compact_strength(context: Context) -> float:
 
 def _l4q_maker(context: Context) -> Make:
     """(name, weight, bias) to an L4Q layer; with a warm start its factors begin as slots C and T side by side."""
-    settings = context.config.compact
+    settings, strength = context.config.compact, compact_strength(context)
     generator = torch.Generator().manual_seed(context.config.seed)
-    adapter = context.reader("train", "adapter")
+    adapter, first = context.reader("train", "adapter"), first_integers(context)
 
     def make(name: str, weight: Tensor, bias: Tensor | None) -> nn.Module:
+        bits = context.known.integer_bits[name]
+        kind = settings.offset_at(bits)
         start = _warm_start(context, adapter, name) if settings.warm_start else None
+        target = weight.float() if start is None else merged_weight(weight, *start, strength)
+        codes, scale, offset = first(name, target)
+        frozen: Tensor | PackedMatrix = weight
+        if settings.packed_bits is not None:
+            factors = None if start is None else (start[1] * -strength, start[0])
+            frozen = packed_into_cells(
+                *(target, codes, scale),
+                bits=bits,
+                half=kind == "half",
+                packed_bits=settings.packed_bits,
+                factors=factors,
+            )
+        elif context.config.compact_init(bits) == "feedback":
+            inside = into_cells(target, codes, scale, bits=bits, half=kind == "half", dtype=weight.dtype)
+            frozen = inside if start is None else merged_weight(inside, *start, -strength)
         return L4QLinear(
-            weight,
+            frozen.to(weight.dtype) if isinstance(frozen, Tensor) else frozen,
             bias,
-            bits=settings.bits,
+            bits=bits,
             group_size=settings.group_size,
             rank=settings.rank,
-            alpha=compact_strength(context),
+            alpha=strength,
             generator=generator,
-            init=settings.init,
+            offset=kind,
+            steps=(scale, offset),
             warm_start=start,
         )
 
     return make
+
+
+def first_integers(context: Context) -> Callable[[str, Tensor], tuple[Tensor, Tensor, Tensor | None]]:
+    """(name, fp32 weight) to the codes, steps and trained offsets that a linear map of the small model starts from."""
+    settings = context.config.compact
+    moments = Moments(context, pruned=True)
+
+    def first(name: str, weight: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        place, bits = place_of(name), context.known.integer_bits[name]
+        method = context.config.compact_init(bits)
+        return first_codes(
+            weight,
+            bits,
+            settings.group_size,
+            method=method,
+            offset=settings.offset_at(bits),
+            importance=moments.squares(*place) if method == "awmse" else None,
+            passing=moments.feedback(*place, settings.group_size) if method == "feedback" else None,
+        )
+
+    return first
 
 
 def _warm_start(context: Context, adapter: TensorReader, name: str) -> tuple[Tensor, Tensor]:
@@ -74,9 +120,11 @@ def _write(context: Context, modules: dict[str, L4QLinear]) -> None:
     known = context.known
     with context.writer(known.integers()) as writer:
         for name, module in modules.items():
-            codes, scale, _ = module.quantized()
+            codes, scale, offset = module.quantized()
             writer.write(f"{name}.codes", pack(to_unsigned(codes, module.bits), module.bits))
             writer.write(f"{name}.scale", scale)
+            if module.offset is not None and offset is not None:
+                writer.write(f"{name}.offset", offset)
             if module.bias is not None:
                 writer.write(f"{name}.bias", module.bias.float())
         for name in known.small.others():
@@ -90,13 +138,14 @@ def compact_settings(config: Config) -> dict[str, Any]:
     """What the integer model depends on."""
     if not config.compact.enabled:
         return {"enabled": False}
-    return computing(config) | config.compact.model_dump(mode="json", exclude={"save_steps"})
+    found = computing(config) | config.compact.model_dump(mode="json", exclude={"save_steps"})
+    return found | {"damping": config.decompose.damping}
 
 
 STAGE = Stage(
     "compact",
-    2,
-    ("source", "select", "prune", "align", "train"),
+    3,
+    ("source", "calibrate", "select", "prune", "align", "train"),
     compact_settings,
     run,
     lambda config: {"task": config.data.task},

@@ -16,7 +16,7 @@ from qlora_pipe.hf.model import AdaptedLinear, LinearOf, Model, TensorOf, build,
 from qlora_pipe.stages.base import Context
 from qlora_pipe.stages.packing import read_buffers, read_factors, read_packed, read_table
 from quant.fakequant import L4QLinear
-from quant.grid import dequantize, to_signed
+from quant.grid import dequantize, half_step, to_signed
 from quant.linear import PackedLinear
 from quant.pack import unpack
 from quant.storage import PackedShape
@@ -97,11 +97,12 @@ def integer_model(context: Context, reader: TensorReader) -> Model:
 
 
 def integer_weight(context: Context, reader: TensorReader, name: str) -> Tensor:
-    """fp32 weight [out, in] of a stored L4Q map: codes times steps, the function that training used."""
-    bits, group = context.config.compact.bits, context.config.compact.group_size
-    scale = reader.read(f"{name}.scale")
-    codes = unpack(reader.read(f"{name}.codes"), bits, scale.shape[1] * group)
-    return dequantize(to_signed(codes, bits), scale, None)
+    """fp32 weight [out, in] of a stored L4Q map: codes times steps and offset, the function that training used."""
+    settings, bits = context.config.compact, context.known.integer_bits[name]
+    scale, kind = reader.read(f"{name}.scale"), settings.offset_at(bits)
+    codes = unpack(reader.read(f"{name}.codes"), bits, scale.shape[1] * settings.group_size)
+    tied = half_step(scale) if kind == "half" else None
+    return dequantize(to_signed(codes, bits), scale, reader.read(f"{name}.offset") if kind == "trained" else tied)
 
 
 def sliced_base_model(context: Context, make: Make, wrap: Wrap | None = None) -> Model:
@@ -127,6 +128,11 @@ def sliced_base_weight(context: Context, layer: int, role: str, name: str) -> tu
         # What went may have left its mean there.
         return weight, context.reader("prune").read_float(f"{name}.bias", context.dtype)
     return weight, slice_bias(reader.read_float(f"{name}.bias", context.dtype), role, kept)
+
+
+def merged_weight(weight: Tensor, lora_a: Tensor, lora_b: Tensor, strength: float) -> Tensor:
+    """W0 + strength B A, fp32 [out, in]."""
+    return torch.addmm(weight.float(), lora_b, lora_a, alpha=strength)
 
 
 def with_adapter(read: Callable[[str], Tensor], strength: float, dtype: torch.dtype) -> Wrap:

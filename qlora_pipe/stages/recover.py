@@ -13,7 +13,7 @@ from qlora_pipe.hf.model import dense_linear, set_strength
 from qlora_pipe.hf.sequences import Row
 from qlora_pipe.hf.tokens import load_tokenizer, rows
 from qlora_pipe.stages.base import Context, Stage, computing
-from qlora_pipe.stages.compact import compact_settings, compact_strength
+from qlora_pipe.stages.compact import compact_settings, compact_strength, first_integers
 from qlora_pipe.stages.models import (
     aligned_model,
     base_model,
@@ -26,7 +26,7 @@ from qlora_pipe.stages.models import (
 from qlora_pipe.stages.packing import read_factors, write_factors
 from qlora_pipe.stages.train import strength
 from qlora_pipe.transfer import Losses, UnquantiseGap, choose_scale, transfer_efficiency
-from quant.grid import dequantize, init_step, quantize
+from quant.grid import dequantize, half_step
 
 
 def run(context: Context) -> None:
@@ -100,16 +100,17 @@ def _unquantise_gap(context: Context, chosen: list[Row]) -> dict[str, float | No
     """L4Q trained quant(W + BA): what is lost when BA is taken without the grid it was trained on, beside what BA
     gained; a slot C that it started from is no gain of its own."""
     config = context.config
-    settings = config.compact
+    settings, first = config.compact, first_integers(context)
     wrap = with_adapter(context.reader("compact", "adapter").read, compact_strength(context), context.dtype)
 
     def nearest(name: str, weight: Tensor, bias: Tensor | None) -> nn.Module:
         if config.compensates and settings.warm_start:
             lora_a, lora_b = compensation(context, name)
             weight = (weight.float() + lora_b @ lora_a).to(weight.dtype)
-        step = init_step(weight, settings.bits, settings.group_size, method=settings.init)
-        codes, _ = quantize(weight.float(), step, None, settings.bits)
-        return dense_linear(dequantize(codes, step, None).to(weight.dtype), bias)
+        codes, step, offset = first(name, weight.float())
+        if settings.offset_at(context.known.integer_bits[name]) == "half":
+            offset = half_step(step)
+        return dense_linear(dequantize(codes, step, offset).to(weight.dtype), bias)
 
     def dense(name: str, weight: Tensor, bias: Tensor | None) -> nn.Module:
         return dense_linear(weight, bias)
@@ -130,8 +131,8 @@ def _verdict(report: dict[str, Any]) -> str:
 
 STAGE = Stage(
     "recover",
-    2,
-    ("source", "allocate", "decompose", "refine", "select", "prune", "align", "train", "compact"),
+    3,
+    ("source", "calibrate", "allocate", "decompose", "refine", "select", "prune", "align", "train", "compact"),
     lambda config: (
         computing(config)
         | config.recover.model_dump(mode="json")

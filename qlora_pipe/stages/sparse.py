@@ -91,7 +91,7 @@ def masking(context: Context) -> Cut:
             unpack_mask(masks.read(f"{name}.mask"), shape.in_features),
             buffers,
             shape,
-            moments.feedback(layer, role, [shape.choice])[block],
+            moments.feedback(layer, role, block),
         )
 
     return cut

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from qlora_pipe import datasets, layouts
 from qlora_pipe.architectures import Architecture
-from qlora_pipe.config import Adapter, Optimisation, Tuning
 from qlora_pipe.config_data import Dataset
+from qlora_pipe.config_training import Adapter, Optimisation, Tuning
 from qlora_pipe.hf.loss import summed_loss
 from qlora_pipe.hf.model import Model
 from qlora_pipe.hf.sequences import Row

@@ -14,12 +14,12 @@ from qlora_pipe.errors import ConfigError
 from qlora_pipe.known import (
     CHAIN,
     Known,
-    check_shapes,
     choices_for,
     estimate_allocation,
     fixed_bytes,
     linear_budget,
 )
+from qlora_pipe.shapes import check_shapes
 from quant.storage import Choice
 
 TINY = {
@@ -342,7 +342,9 @@ def test_reads_count_each_file_once(tiny: Architecture) -> None:
     assert known.reads("select") == size["decompose"] + size["calibrate"]
     assert known.reads("prune") == size["decompose"]
     assert known.reads("allocate") == 0
-    assert known.reads("recover") == 2 * weights + sum(size[stage] for stage in ("prune", "train", "compact"))
+    assert known.reads("recover") == 2 * weights + sum(
+        size[stage] for stage in ("calibrate", "prune", "train", "compact")
+    )
 
 
 def test_the_solved_allocation_replaces_the_estimate(tiny: Architecture) -> None:

@@ -6,8 +6,13 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from quant import grid
+from quant.blockwise import quantize
+from quant.buffers import packed_buffers
 from quant.exceptions import QuantError, ShapeError
 from quant.fakequant import MIN_TRAINED_STEP, L4QLinear, l4q_linear
+from quant.linear import PackedMatrix
+from quant.lowrank import store_factors
+from quant.storage import Choice, PackedShape
 
 OUT, IN, GROUP = 24, 32, 8
 
@@ -33,10 +38,10 @@ def perturb(module: L4QLinear) -> L4QLinear:
 
 def test_trainable_parameters_are_the_factors_and_the_steps():
     groups = OUT * IN // GROUP
-    for train_offset, per_group in ((False, 1), (True, 2)):
-        module = layer(train_offset=train_offset, bias=torch.ones(OUT))
+    for offset, per_group in (("zero", 1), ("half", 1), ("trained", 2)):
+        module = layer(offset=offset, bias=torch.ones(OUT))
         trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
-        assert set(trained) == {"lora_a", "lora_b", "scale"} | ({"offset"} if train_offset else set())
+        assert set(trained) == {"lora_a", "lora_b", "scale"} | ({"offset"} if offset == "trained" else set())
         assert sum(p.numel() for p in trained.values()) == 4 * (IN + OUT) + per_group * groups
         assert all(p.dtype == torch.float32 for p in trained.values())
 
@@ -63,7 +68,7 @@ def test_weight_is_kept_by_reference_and_gets_no_gradient(dtype):
 def test_step_zero_is_round_to_nearest_whatever_a_and_alpha():
     x = torch.randn(5, IN, generator=generator(5))
     first, second = layer(), layer(alpha=7.0, generator=generator(8))
-    scale = grid.init_step(first.weight, 4, GROUP)
+    scale = grid.init_grid(first.weight, 4, GROUP)[0]
     rounded = grid.dequantize(grid.quantize(first.weight, scale, None, 4)[0], scale, None)
     assert torch.equal(first(x), F.linear(x, rounded))
     assert torch.equal(first(x), second(x))
@@ -73,14 +78,14 @@ def test_step_zero_is_round_to_nearest_whatever_a_and_alpha():
 
 
 @pytest.mark.parametrize("row_chunk", [None, 5])
-@pytest.mark.parametrize("train_offset", [False, True])
+@pytest.mark.parametrize("offset_kind", ["zero", "half", "trained"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_exported_integers_are_the_ones_forward_uses(dtype, train_offset, row_chunk):
+def test_exported_integers_are_the_ones_forward_uses(dtype, offset_kind, row_chunk):
     weight = (torch.randn(OUT, IN, generator=generator(1)) * 0.05).to(dtype)
-    module = perturb(layer(weight=weight, train_offset=train_offset, row_chunk=row_chunk))
+    module = perturb(layer(weight=weight, offset=offset_kind, row_chunk=row_chunk))
     codes, scale, offset = module.quantized()
     assert codes.dtype == torch.int8
-    assert (offset is not None) == train_offset
+    assert (offset is None) == (offset_kind == "zero")
     dense = module.dequantized()
     assert dense.dtype == torch.float32
     assert torch.equal(dense, grid.dequantize(codes, scale, offset))
@@ -106,7 +111,7 @@ def test_warm_start_sets_the_rank_and_the_steps():
     assert torch.equal(module.lora_a, warm[0])
     assert torch.equal(module.lora_b, warm[1])
     merged = torch.addmm(module.weight, warm[1], warm[0], alpha=0.5)
-    assert torch.equal(module.scale, grid.init_step(merged, 4, GROUP))
+    assert torch.equal(module.scale, grid.init_grid(merged, 4, GROUP)[0])
     with torch.no_grad():
         module.lora_a.zero_()
     assert (warm[0] != 0).any()
@@ -132,6 +137,57 @@ def test_steps_never_fall_below_the_floor():
     module.clamp_steps_()
     assert module.scale[0, 0] == MIN_TRAINED_STEP
     assert module.scale[0, 1] == 0.5
+
+
+def packed(rank=3, transposed=False, factor_dtype="bfloat16") -> PackedMatrix:
+    choice = Choice("nf", 4, GROUP, rank, factor_dtype=factor_dtype)
+    shape = PackedShape(IN, OUT, choice, transposed)
+    weight = torch.randn(OUT, IN, generator=generator(1)) * 0.05
+    left, right = torch.randn(OUT, rank, generator=generator(11)), torch.randn(rank, IN, generator=generator(12)) * 0.01
+    factors = store_factors(left, right, factor_dtype)
+    module = PackedMatrix(shape)
+    module.load_state_dict(
+        packed_buffers(quantize(weight.t().contiguous() if transposed else weight, choice), factors, shape)
+    )
+    return module
+
+
+@pytest.mark.parametrize("row_chunk", [None, 5])
+@pytest.mark.parametrize(("rank", "factor_dtype"), [(0, "bfloat16"), (3, "bfloat16"), (3, "int8"), (3, "float32")])
+def test_a_packed_weight_gives_the_numbers_of_the_dense_one(rank, factor_dtype, row_chunk):
+    frozen = packed(rank, factor_dtype=factor_dtype)
+    dense = frozen.dequantized()
+    modules = [perturb(layer(weight=weight, row_chunk=row_chunk)) for weight in (frozen, dense)]
+    x = torch.randn(5, IN, generator=generator(5), requires_grad=True)
+    found = []
+    for module in modules:
+        x.grad = None
+        y = module(x)
+        y.square().sum().backward()
+        grads = [parameter.grad for parameter in (module.lora_a, module.lora_b, module.scale)]
+        found.append([y, x.grad, *grads, module.dequantized(), module.scale])
+    for ours, theirs in zip(*found, strict=True):
+        assert torch.equal(ours, theirs)
+    assert torch.equal(modules[0](torch.eye(IN)).t(), modules[0].dequantized())
+
+
+def test_a_packed_weight_is_no_parameter_and_is_kept_by_reference():
+    frozen = packed()
+    module = layer(weight=frozen)
+    assert {name for name, _ in module.named_parameters()} == {"lora_a", "lora_b", "scale"}
+    assert module.weight is frozen
+    assert {name for name in module.state_dict() if name.startswith("weight.")} == {
+        f"weight.{n}" for n in frozen.frozen()
+    }
+    with pytest.raises(ShapeError, match="not transposed"):
+        layer(weight=packed(transposed=True))
+
+
+def test_two_offsets_are_refused():
+    module = layer(offset="trained")
+    operands = module.weight, module.lora_a, module.lora_b, module.scale, module.offset
+    with pytest.raises(QuantError, match="half a step"):
+        l4q_linear(torch.ones(2, IN), *operands, alpha=1.0, bits=4, group_size=GROUP, half=True)
 
 
 def test_leading_dimensions_bias_and_strides_do_not_matter():
@@ -162,7 +218,7 @@ def test_checkpointing_gives_the_same_gradients(row_chunk):
 def test_half_precision_activations_keep_fp32_steps_and_agree_loosely():
     gradients = {}
     for dtype in (torch.float32, torch.bfloat16):
-        module = perturb(layer(train_offset=True, row_chunk=7))
+        module = perturb(layer(offset="trained", row_chunk=7))
         x = torch.randn(64, IN, generator=generator(9)).to(dtype).requires_grad_()
         y = module(x)
         y.sum().backward()

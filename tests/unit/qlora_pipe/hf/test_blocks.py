@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from prune.groups import PRUNED_AXIS
 from qlora_pipe.architectures import MODULE, linear_name
-from qlora_pipe.config import Refine
+from qlora_pipe.config_training import Refine
 from qlora_pipe.errors import StageError
 from qlora_pipe.events import Reporter
 from qlora_pipe.hf.blocks import tune_blocks

@@ -17,7 +17,7 @@ from tiny_models import TinyFolder, byte_rows
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from qlora_pipe.config import Optimisation
+from qlora_pipe.config_training import Optimisation
 from qlora_pipe.errors import StageError
 from qlora_pipe.events import Reporter
 from qlora_pipe.hf.loss import summed_loss
