@@ -11,8 +11,9 @@ from qlora_pipe.artifacts.layout import file_bytes
 from qlora_pipe.config import Config
 from qlora_pipe.config_sparsity import Sparsity
 from qlora_pipe.errors import ConfigError
-from qlora_pipe.known import Known, check_shapes, estimate_allocation
+from qlora_pipe.known import Known, estimate_allocation
 from qlora_pipe.memory import peak_bytes
+from qlora_pipe.shapes import check_shapes
 from qlora_pipe.sparsity import nonzero_parameters, record, rows
 from quant.storage import Choice
 
