@@ -5,25 +5,31 @@
 Each row is {measure, ours, peer, ratio, bar, holds, spread}: medians of paired runs (ours and the peer take
 turns, so load on the machine meets both); ratio and spread are the median and the quartile distance of the
 ratios of the pairs. Seconds are wall time of forward + backward. Saved bytes are the distinct storages that
-autograd keeps, weights and input included. A bar is the largest ratio that is accepted.
+autograd keeps, weights and input included; peak bytes those of all tensors alive in forward and backward, weights and
+input included. A bar is the largest ratio that is accepted.
 """
 
 import gc
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
+from typing import Any
 
 import rows
 import torch
 from rows import Row
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from quant import grid
 from quant.blockwise import quantize
 from quant.buffers import packed_buffers
 from quant.fakequant import L4QLinear
 from quant.linear import PackedLinear
+from quant.start import first_codes, packed_into_cells
 from quant.storage import Choice, PackedShape
 
 OUT, IN, TOKENS, RANK, BITS, GROUP = 1536, 576, 512, 16, 4, 64
@@ -126,10 +132,64 @@ def measure(short: bool) -> Iterator[Row]:
     yield paired("L4Q step seconds / plain autograd", step(ours, x, grad_y), step(plain, x, grad_y), 1.0, repeats)
     yield sizes("L4Q saved bytes / PEFT LoRA", saved_bytes(ours, x), saved_bytes(lora, x), 1.1)
     yield sizes("L4Q saved bytes / plain autograd", saved_bytes(ours, x), saved_bytes(plain, x), 0.5)
+    yield from packed_rows(weight, ours, x, grad_y, repeats)
     frozen = nn.Linear(IN, OUT, bias=False).requires_grad_(False)
     for bits in (3, 4):
         name = f"PackedLinear {bits}-bit rank 32 step seconds / frozen nn.Linear"
         yield paired(name, step(packed(weight, bits), x, grad_y), step(frozen, x, grad_y), None, repeats)
+
+
+def packed_rows(weight: Tensor, dense: L4QLinear, x: Tensor, grad_y: Tensor, repeats: int) -> Iterator[Row]:
+    """The same step with the frozen weight packed: bytes of it, of all that is saved, and the peak of a step
+    beside those of a bf16 weight; seconds beside the dense fp32 weight."""
+    for bits, width in ((4, 8), (2, 8), (2, 4)):
+        kind: grid.OffsetKind = "half" if bits == 2 else "zero"
+        codes, scale, _ = first_codes(weight, bits, GROUP, method="mse", offset=kind)
+        frozen = packed_into_cells(weight, codes, scale, bits=bits, half=bits == 2, packed_bits=width)
+        given = {"bits": bits, "group_size": GROUP, "rank": RANK, "alpha": 2.0, "steps": (scale, None), "offset": kind}
+        packed_layer, half_layer = (
+            L4QLinear(kept, None, generator=torch.Generator().manual_seed(0), **given)
+            for kept in (frozen, weight.bfloat16())
+        )
+        name = f"L4Q {bits}-bit, frozen weight in {width} bits"
+        kept = sum(tensor.numel() * tensor.element_size() for tensor in frozen.buffers())
+        yield sizes(f"{name}, its bytes / bf16", kept, 2 * weight.numel(), 0.6)
+        found = (saved_bytes(packed_layer, x), saved_bytes(half_layer, x))
+        yield sizes(f"{name}, saved bytes / bf16", *found, 0.9)
+        peaks = (peak_bytes(packed_layer, x, grad_y), peak_bytes(half_layer, x, grad_y))
+        yield sizes(f"{name}, peak bytes of a step / bf16", *peaks, 1.0)
+        yield paired(
+            f"{name}, step seconds / dense", step(packed_layer, x, grad_y), step(dense, x, grad_y), None, repeats
+        )
+
+
+def peak_bytes(module: nn.Module, x: Tensor, grad_y: Tensor) -> int:
+    """Most bytes of tensors alive in forward and backward, what the layer is made of and the input included."""
+    kept = [*module.state_dict().values(), x]
+    sizes_of = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in kept}
+    module.zero_grad()
+    with LiveBytes(sizes_of) as live:
+        module(x).backward(grad_y)
+    return sum(sizes_of.values()) + live.peak
+
+
+class LiveBytes(TorchDispatchMode):
+    """Most bytes of storages born under the mode that were alive together, looked at after every operation."""
+
+    def __init__(self, existing: Container[int]) -> None:
+        super().__init__()
+        self.existing, self.peak = existing, 0
+        self.born: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor) and leaf.untyped_storage()._cdata not in self.existing:
+                storage = leaf.untyped_storage()
+                self.born[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+        self.born = {key: entry for key, entry in self.born.items() if not entry[0].expired()}
+        self.peak = max(self.peak, sum(size for _, size in self.born.values()))
+        return out
 
 
 if __name__ == "__main__":
