@@ -80,11 +80,6 @@ class IndexMap:
         return cls(tuple(kept), tuple(shapes))
 
     @property
-    def is_uniform(self) -> bool:
-        """True when all layers have one kept shape, so a configuration with global widths fits."""
-        return len(set(self.kept_shapes)) == 1
-
-    @property
     def kept_shapes(self) -> tuple[LayerShape, ...]:
         """Widths of all layers of the pruned model."""
         return tuple(self.kept_shape(layer) for layer in range(len(self.layers)))

@@ -35,7 +35,7 @@ class Refine(Optimisation):
     block_rows: Count = Field(0, description="calibration rows on which block after block is tuned first; 0: none")
     block_epochs: Positive = Field(2, description="times that a block sees its rows")
     block_rate: Rate = Field(1e-3, description="peak relative change in a step of a block")
-    learning_rate: Rate = Field(1e-3, description="peak relative change in a step of the end-to-end part")
+    learning_rate: Rate = Field(4e-3, description="peak relative change in a step of the end-to-end part")
     steps: Count = Field(100, description="optimiser steps of the end-to-end part; 0: none")
     batch_size: Positive = Field(1, description="rows per forward pass")
     length: Positive = Field(512, description="tokens per row")

@@ -43,19 +43,15 @@ def test_indices_match_a_walk_over_heads(heads: tuple[int, int]) -> None:
         assert kept.kept_indices(0, role).numel() in shape_of(role, small)
 
 
-def test_kept_shape_and_uniformity() -> None:
+def test_kept_shape() -> None:
     kept = small_map()
     assert kept.kept_shape(0) == LayerShape(hidden=8, heads=2, kv_heads=1, head_dim=2, ffn=74)
     assert kept.kept_shape(1) == SHAPE
-    assert not kept.is_uniform
-    # Uniform is about widths: other indices, same counts.
-    other = IndexMap((LayerKept((0,), (1, 5)), LayerKept((1,), (0, 9))), (SHAPE, SHAPE))
-    assert other.is_uniform
 
 
 def test_identity_keeps_everything() -> None:
     kept = IndexMap.identity([SHAPE, SHAPE])
-    assert kept.is_uniform
+    assert kept.kept_shapes == (SHAPE, SHAPE)
     for role in ROLES:
         pruned = shape_of(role, SHAPE)[1 if role in ("o", "down") else 0]
         assert kept.kept_indices(1, role).tolist() == list(range(pruned))
