@@ -91,7 +91,7 @@ def _check_shares(config: Config, until: str) -> None:
     """Every process makes as many passes in a step of a training that they share; raises ConfigError."""
     guided, count = config.prune.method == "lora", ranks.count()
     trained: dict[str, tuple[bool, Optimisation]] = {
-        "refine": (config.refine.enabled, config.refine),
+        "refine": (config.refine.enabled and config.refine.steps > 0, config.refine),
         "guide": (guided, config.guide),
         "align": (config.align.enabled, config.align),
         "train": (True, config.train),
@@ -99,7 +99,14 @@ def _check_shares(config: Config, until: str) -> None:
     }
     for name, (used, settings) in trained.items():
         reached = CHAIN.index("select" if name == "guide" else name) <= CHAIN.index(until)
-        if used and reached and settings.accumulation % count:
+        if not used or not reached or count == 1:
+            continue
+        if config.device != "cpu":
+            raise ConfigError(
+                f"{count} processes train on the CPU only, but device is {config.device}: run up to decompose with "
+                "them, and the rest with one"
+            )
+        if settings.accumulation % count:
             raise ConfigError(
                 f"{count} processes share the passes of a step: expected {name}.accumulation to be a multiple of "
                 f"{count}, found {settings.accumulation}; raise it, with a lower {name}.batch_size for as many rows a "
@@ -114,6 +121,7 @@ def _work() -> None:
         while (order := ranks.receive()) is not None:
             name, seen = order
             shared[name](Context(**seen, reporter=Reporter(stream=nowhere)))
+            ranks.wait()
 
 
 @dataclass
@@ -197,6 +205,8 @@ class _Run:
                 stage.run(Context(**seen, reporter=self.reporter))
             except QuantError as error:
                 raise StageError(f"{stage.name}: {error}") from error
+            if stage.work is not None:
+                ranks.wait()  # the others are done with the work folder, which goes now
             artifact = self.store.commit(ticket, out, planned)
         written = sum(entry.bytes for entry in artifact.manifest.files.values())
         self._keep_stats(stage.name, meter)

@@ -158,7 +158,7 @@ class Export(Section):
     peft: bool = Field(True, description="the adapter for the full model, a stock PEFT folder")
     merged: bool = Field(True, description="the full model with the adapter added")
     small: bool = Field(
-        True, description="the pruned and trained model; unless all layers are of equal widths, only we load it"
+        True, description="the pruned and trained model; of unequal widths, or with prune.bias, only we load it"
     )
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="of exported dense weights")
 

@@ -19,7 +19,9 @@ class Dataset(Section):
     prompt: str | None = Field(None, description="template of the user turn, e.g. 'Tell me about {title}.'")
     response: str | None = Field(None, description="template of the answer; only its tokens are scored")
     text: str | None = Field(None, description="template of a plain-text record; none: the file is one text")
-    exclude: tuple[str, ...] = Field((), description="records whose first template field is one of these are dropped")
+    exclude: tuple[str, ...] = Field(
+        (), description="records whose first field, of the templates or alpaca, is one of these go"
+    )
     heldout: Annotated[float, Field(ge=0, le=1)] = Field(
         0.1, description="share of the records (or of the end of the text) kept for evaluation"
     )
@@ -32,6 +34,8 @@ class Dataset(Section):
             raise ValueError("give prompt and response, or text, not all three")
         if self.format != "templates" and (self.prompt is not None or self.text is not None):
             raise ValueError(f"format: {self.format} has its own fields: leave out the templates, or the format")
+        if self.format == "messages" and self.exclude:
+            raise ValueError("exclude is of records with a first field; format: messages has none: leave it out")
         return self
 
     @property

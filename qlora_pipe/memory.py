@@ -74,7 +74,8 @@ def _work(stage: str, known: Known) -> _Work:
         return _Work(0, working if stage == "score" else max(working, stream))
     if stage == "select" and config.prune.method == "lora":
         slot = layouts.tensor_bytes(layouts.adapter(full, config.align.rank))
-        trained = layouts.tensor_bytes(known.decomposed()) + _TRAINED_COPIES * slot
+        copies = 2 if config.guide.shrink else 1
+        trained = copies * layouts.tensor_bytes(known.decomposed()) + _TRAINED_COPIES * slot
         return _Work(trained + _batch(known, full, config.align.rank, config.guide) + matrix, stream)
     if stage == "select" and config.prune.measures:
         tokens = max(EVALUATION_TOKENS, config.calibrate.length)

@@ -244,8 +244,10 @@ def _losses(scores: Scores, table: Table, *, density: bool, measured: Measured |
         if density:
             values = (values - lowest) * (rows[-1]["parameters"] // rows[-1]["width"])
         losses = removal_losses(values, [row["width"] for row in rows])
-        if measured is not None and losses[0]:
-            losses = [measured[name] * (loss / losses[0]) for loss in losses]
+        if measured is not None:
+            # Where no group has a score they share what was measured alike.
+            parts = losses if losses[0] else [float(rows[-1]["width"] - row["width"]) for row in rows]
+            losses = [measured[name] * (part / parts[0]) if parts[0] else 0.0 for part in parts]
         found[name] = losses
     return found
 

@@ -123,13 +123,13 @@ def _check_reachable(architecture: Architecture, settings: Prune, wanted: int) -
     most = sum(size - least for _, size, least in _sizes(architecture, settings))
     if wanted <= most:
         return
-    total = architecture.block_parameters()
-    largest = math.floor(_DIGITS * most / total) / _DIGITS
+    total, added = architecture.block_parameters(), bias_parameters(architecture, settings)
+    largest = math.floor(_DIGITS * (most - added) / total) / _DIGITS
     groups = sum(size for _, size, _ in _sizes(architecture, settings))
     if wanted > groups and (settings.protect_first or settings.protect_last):
         raise ConfigError(
-            f"prune.ratio {settings.ratio} lets {total - wanted} of {total} parameters stay, but protected layers "
-            f"and norms take {total - groups} of them; protect fewer layers (prune.protect_first, "
+            f"prune.ratio {settings.ratio} lets {total + added - wanted} of {total} parameters stay, but protected "
+            f"layers and norms take {total - groups} of them; protect fewer layers (prune.protect_first, "
             f"prune.protect_last), or lower the ratio: the largest that works is {largest}"
         )
     raise ConfigError(

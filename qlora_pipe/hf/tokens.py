@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+from jinja2 import TemplateError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from qlora_pipe.errors import DataError
@@ -125,7 +126,13 @@ def _templated(tokenizer: PreTrainedTokenizerBase, chat: Sequence[Message]) -> l
 
     def template(messages: Sequence[Message], *, asks: bool) -> str:
         body = [{"role": message.role, "content": message.text} for message in messages]
-        text: str = tokenizer.apply_chat_template(body, tokenize=False, add_generation_prompt=asks)
+        try:
+            text: str = tokenizer.apply_chat_template(body, tokenize=False, add_generation_prompt=asks)
+        except TemplateError as error:
+            roles = ", ".join(message.role for message in messages)
+            raise DataError(
+                f"the model's chat template refuses a chat of {roles}: {error}; convert such records, or leave them out"
+            ) from error
         return text
 
     done, pieces = "", []

@@ -136,6 +136,8 @@ class _Objective(nn.Module):
     """A model and what is asked of it as one module: what DDP wraps must see the whole forward pass."""
 
     accepts_loss_kwargs = True
+    # By this the Trainer knows that the first label of a row is not scored, and does not count it.
+    loss_type = "ForCausalLM"
 
     def __init__(self, model: PreTrainedModel, summed: SummedLoss) -> None:
         super().__init__()

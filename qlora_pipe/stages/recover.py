@@ -20,6 +20,7 @@ from qlora_pipe.stages.models import (
     compensation,
     decomposed_model,
     integer_model,
+    merged_weight,
     sliced_base_model,
     with_adapter,
 )
@@ -105,8 +106,7 @@ def _unquantise_gap(context: Context, chosen: list[Row]) -> dict[str, float | No
 
     def nearest(name: str, weight: Tensor, bias: Tensor | None) -> nn.Module:
         if config.compensates and settings.warm_start:
-            lora_a, lora_b = compensation(context, name)
-            weight = (weight.float() + lora_b @ lora_a).to(weight.dtype)
+            weight = merged_weight(weight, *compensation(context, name), 1.0).to(weight.dtype)
         codes, step, offset = first(name, weight.float())
         if settings.offset_at(context.known.integer_bits[name]) == "half":
             offset = half_step(step)

@@ -73,6 +73,11 @@ def test_a_form_takes_no_templates(template: str) -> None:
         Dataset.model_validate(given)
 
 
+def test_a_chat_has_no_field_to_exclude_by() -> None:
+    with pytest.raises(ValueError, match="format: messages has none"):
+        Dataset(source="x", format="messages", exclude=("a",))
+
+
 def test_a_form_is_no_text() -> None:
     assert Dataset(source="x").is_text
     assert not Dataset(source="x", format="messages").is_text

@@ -174,6 +174,16 @@ def test_of_a_chat_whose_template_forgets_the_last_answer_is_scored() -> None:
     assert scored_text(tokenizer, row) == "so<|end|>"
 
 
+def test_a_chat_that_the_template_refuses_is_an_error_of_the_data() -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no system turn') }}{% endif %}" + TEMPLATE
+    )
+    record = Record("and?", "so", (Message("system", "be brief"),))
+    with pytest.raises(DataError, match="template refuses a chat of system, user: no system turn; convert"):
+        rows(tokenizer, [record], length=200, count=5, name="x")
+
+
 def test_a_plain_form_is_for_models_without_a_template() -> None:
     tokenizer, record = byte_tokenizer(), Record("do it", "done", plain="### Instruction:\ndo it\n\n### Response:\n")
     (row,) = rows(tokenizer, [record], length=200, count=5, name="x")

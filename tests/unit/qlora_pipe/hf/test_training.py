@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from qlora_pipe.config_training import Optimisation
 from qlora_pipe.errors import StageError
 from qlora_pipe.events import Reporter
-from qlora_pipe.hf.loss import summed_loss
+from qlora_pipe.hf.loss import score, summed_loss
 from qlora_pipe.hf.model import Model
 from qlora_pipe.hf.training import train, trained_parameters
 
@@ -112,6 +112,22 @@ def test_accumulation_of_two_equals_a_batch_of_two(tiny: TinyFolder, tmp_path: P
         assert mine["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3)
     for name, tensor in together.items():
         torch.testing.assert_close(apart[name], tensor, rtol=0, atol=1e-5, msg=name)
+
+
+def test_the_loss_of_a_step_is_the_mean_over_its_scored_tokens(tiny: TinyFolder, tmp_path: Path) -> None:
+    """Of plain text too, whose first tokens are labels that nothing predicts."""
+    rows, model = byte_rows([f"row {n} says {'abcdefgh'[n]}" for n in range(8)]), tiny.packed()
+    expected = score(model, rows).loss
+    log = train(
+        model,
+        rows,
+        settings(steps=1, batch_size=4, accumulation=2),
+        work=tmp_path,
+        seed=0,
+        device="cpu",
+        reporter=Recorder(),
+    )
+    assert log[0]["loss"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_activation_checkpointing_changes_nothing_but_work(tiny: TinyFolder, tmp_path: Path) -> None:
