@@ -162,14 +162,16 @@ def test_what_cannot_be_had(given: dict[str, Any], message: str) -> None:
         small_architecture(architecture(), settings(**given))
 
 
+@pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("protect", [0, 1])
-def test_the_largest_ratio_that_works_works(protect: int) -> None:
+def test_the_largest_ratio_that_works_works(protect: int, bias: bool) -> None:
+    given = {"protect_first": protect, "bias": bias}
     with pytest.raises(ConfigError) as refused:
-        small_architecture(architecture(), settings(ratio=0.99, protect_first=protect))
+        small_architecture(architecture(), settings(ratio=0.99, **given))
     largest = float(str(refused.value).rpartition(" ")[2])
-    assert true_reduction(architecture(), ratio=largest, protect_first=protect) >= largest
+    assert true_reduction(architecture(), ratio=largest, **given) >= largest
     with pytest.raises(ConfigError):
-        small_architecture(architecture(), settings(ratio=largest + 1e-5, protect_first=protect))
+        small_architecture(architecture(), settings(ratio=largest + 1e-5, **given))
 
 
 def test_a_ratio_is_the_decimal_it_prints_as() -> None:
