@@ -173,7 +173,7 @@ def selection_rows(body: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("scores", body["method"]),
         ("true reduction", f"{100 * body['true_reduction']:.2f} % of the blocks' parameters{asked}"),
         ("nominal", f"{100 * nominal['kv']:.1f} % of the KV groups, {100 * nominal['ffn']:.1f} % of the FFN channels"),
-        ("score that goes", f"{body['loss']:.6g}"),
+        ("score that goes" if body["measured"] is None else "measured loss, nats a token", f"{body['loss']:.6g}"),
     ]
     if proof is None:
         return rows

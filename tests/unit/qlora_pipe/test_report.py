@@ -247,6 +247,9 @@ def test_how_much_goes_is_told_with_its_certificate(run_builder: Build) -> None:
     text = outline(run_builder(edits={"select/selection.json": lambda body: body | solved}).build("select")).text
     assert "parameters, at least 30 % asked for." in text
     assert "Score that goes: 4.6. With uniform widths: 7.25. Certificate: within 1.23 % of the optimum, no" in text
+    measured = solved | {"measured": {"layers.0.ffn": 9.0}}
+    text = outline(run_builder(edits={"select/selection.json": lambda body: body | measured}).build("select")).text
+    assert "Measured loss, nats a token: 4.6. With uniform widths" in text
 
 
 def test_a_wide_range_of_perplexities_is_logarithmic(run_builder: Build) -> None:
