@@ -93,7 +93,8 @@ def _chats(
             if len(found) == count:
                 break
     if cut:
-        tell(f"{cut} of {seen} rows were cut at {length} tokens, {dropped} of them left out: no answer began before")
+        left_out = f", and {dropped} of them left out, as no answer began before" if dropped else ""
+        tell(f"{cut} of {seen} rows were cut at {length} tokens{left_out}")
     return packer.rows(count) if packing else found
 
 

@@ -18,7 +18,6 @@ from qlora_pipe.artifacts.manifest import file_digest
 from qlora_pipe.artifacts.store import Artifact
 from qlora_pipe.artifacts.tensors import TensorReader
 from qlora_pipe.compile import compile_model
-from qlora_pipe.config import Config
 from qlora_pipe.config_file import load
 from qlora_pipe.errors import ArtifactError, ConfigError
 from qlora_pipe.events import Reporter
@@ -54,6 +53,13 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def artifacts(config: Path) -> dict[str, Artifact]:
     return compile_model(load(config, GUIDED), Reporter(json_lines=True))
+
+
+@pytest.fixture(scope="module")
+def shrunk(config: Path) -> dict[str, Artifact]:
+    """The same where what is masked leaves the computation."""
+    settings = (*GUIDED, "guide.shrink=true", f"run={config.parent / 'shrunk'}")
+    return compile_model(load(config, settings), Reporter(json_lines=True), until="align")
 
 
 def index_map(artifacts: dict[str, Artifact]) -> IndexMap:
@@ -152,11 +158,13 @@ class Killed(Exception):
     pass
 
 
-@pytest.mark.parametrize("at", [7, 13])
+@pytest.mark.parametrize(("at", "calm"), [(7, "artifacts"), (13, "artifacts"), (13, "shrunk")])
 def test_killed_on_the_ramp_it_ends_in_the_same_bytes(
-    config: Path, artifacts: dict[str, Artifact], at: int, monkeypatch: pytest.MonkeyPatch
+    config: Path, at: int, calm: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = load(config, (*GUIDED, f"run={config.parent / f'killed-{at}'}"))
+    expected: dict[str, Artifact] = request.getfixturevalue(calm)
+    run = f"run={config.parent / f'killed-{at}-{calm}'}"
+    settings = load(config, (*GUIDED, f"guide.shrink={str(calm == 'shrunk').lower()}", run))
     real = Ramp.before_step
 
     def until(self: Any, step: int) -> None:
@@ -177,7 +185,7 @@ def test_killed_on_the_ramp_it_ends_in_the_same_bytes(
     monkeypatch.setattr(Ramp, "before_step", counted)
     again = compile_model(settings, Reporter(json_lines=True), until="select")
     assert steps == list(range(at // 5 * 5, 20))
-    assert again["select"].manifest.files == artifacts["select"].manifest.files
+    assert again["select"].manifest.files == expected["select"].manifest.files
 
 
 def test_the_ramp_masks_more_and_more_and_nothing_comes_back(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -219,13 +227,13 @@ def test_masked_groups_get_no_gradient(config: Path, artifacts: dict[str, Artifa
         assert not gradient[first * width :].any()
 
 
-def test_what_is_masked_may_leave_the_computation(config: Path, artifacts: dict[str, Artifact]) -> None:
+def test_what_is_masked_may_leave_the_computation(
+    config: Path, artifacts: dict[str, Artifact], shrunk: dict[str, Artifact]
+) -> None:
     """The same groups go and the same adapter is learnt: 1e-4 of its largest value, fp32 sums in another order."""
-    settings = load(config, (*GUIDED, "guide.shrink=true", f"run={config.parent / 'shrunk'}"))
-    shrunk = compile_model(settings, Reporter(json_lines=True), until="align")
     assert index_map(shrunk) == index_map(artifacts)
     expected, found = (TensorReader(made["align"].folder, "adapter") for made in (artifacts, shrunk))
-    for _, _, name in context_of(settings, shrunk).known.architecture.linears():
+    for _, _, name in context_of(load(config, GUIDED), artifacts).known.architecture.linears():
         for one, other in zip(read_factors(expected.read, name), read_factors(found.read, name), strict=True):
             torch.testing.assert_close(other, one, rtol=0, atol=1e-4 * float(one.abs().max()))
 
@@ -245,29 +253,6 @@ def test_narrow_maps_compute_less(config: Path, artifacts: dict[str, Artifact]) 
         )
     model(input_ids=torch.arange(2, 34).view(2, 16))
     assert widths == {"q": (64, 64), "up": (64, 5), "down": (5, 64)}
-
-
-@pytest.mark.parametrize("at", [7, 13])
-def test_killed_while_it_shrinks_it_ends_in_the_same_bytes(
-    config: Path, at: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def settings(name: str) -> Config:
-        return load(config, (*GUIDED, "guide.shrink=true", f"run={config.parent / name}"))
-
-    calm = compile_model(settings("calm"), Reporter(json_lines=True), until="select")
-    real = Ramp.before_step
-
-    def until(self: Any, step: int) -> None:
-        if step == at:
-            raise Killed
-        real(self, step)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Ramp, "before_step", until)
-        with pytest.raises(Killed):
-            compile_model(settings(f"shrinking-{at}"), Reporter(json_lines=True), until="select")
-    again = compile_model(settings(f"shrinking-{at}"), Reporter(json_lines=True), until="select")
-    assert again["select"].manifest.files == calm["select"].manifest.files
 
 
 def test_widths_that_must_be_known_before_are_not_allocated(config: Path) -> None:

@@ -198,7 +198,9 @@ def test_rows_that_are_cut_or_left_out_are_counted(packing: bool) -> None:
     told: list[str] = []
     records = [Record("a", "bcdefgh"), Record("far too long a question", "x"), Record("i", "j")]
     rows(byte_tokenizer(), records, length=6, count=5, name="x.json", packing=packing, tell=told.append)
-    assert told == ["x.json: 2 of 3 rows were cut at 6 tokens, 1 of them left out: no answer began before"]
+    assert told == ["x.json: 2 of 3 rows were cut at 6 tokens, and 1 of them left out, as no answer began before"]
+    rows(byte_tokenizer(), records[::2], length=6, count=5, name="x.json", packing=packing, tell=told.append)
+    assert told[1] == "x.json: 1 of 2 rows were cut at 6 tokens"
 
 
 def test_packing_takes_as_many_records_as_fill_the_rows() -> None:
