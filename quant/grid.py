@@ -130,6 +130,11 @@ def half_step(scale: Tensor) -> Tensor:
     return 0.5 * scale
 
 
+def offset_of(kind: OffsetKind, scale: Tensor, trained: Tensor | None = None) -> Tensor | None:
+    """The offset of every group at these steps: None where it is 0, half a step, or what was ``trained``."""
+    return trained if kind == "trained" else half_step(scale) if kind == "half" else None
+
+
 def _check_method(method: StepMethod, offset: OffsetKind, importance: Tensor | None, columns: int) -> None:
     if method not in get_args(StepMethod):
         raise QuantError(f"method must be one of {get_args(StepMethod)}, found {method!r}")

@@ -52,7 +52,7 @@ def first_codes(
     if method != "feedback":
         scale, trained = grid.init_grid(weight, bits, group_size, method=method, offset=offset, importance=importance)
         scale.clamp_(min=MIN_TRAINED_STEP)
-        return grid.quantize(weight, scale, _offset(scale, trained, offset), bits)[0], scale, trained
+        return grid.quantize(weight, scale, grid.offset_of(offset, scale, trained), bits)[0], scale, trained
     if offset == "trained" or passing is None:
         raise QuantError("feedback needs passing, how errors are passed on, and an offset that is zero or half a step")
     half = 1 << (bits - 1)
@@ -61,7 +61,7 @@ def first_codes(
     found = quantize_compensated(weight, choice, passing, levels=levels, multiples=_MULTIPLES)
     step = scales(found.scales, choice) / half
     scale = step.clamp(min=MIN_TRAINED_STEP)
-    nearest = grid.quantize(weight, scale, _offset(scale, None, offset), bits)[0]
+    nearest = grid.quantize(weight, scale, grid.offset_of(offset, scale), bits)[0]
     raised = (scale > step).repeat_interleave(group_size, dim=1)
     return torch.where(raised, nearest, grid.to_signed(found.codes, bits)), scale, None
 
@@ -128,7 +128,3 @@ def _places(weight: Tensor, codes: Tensor, scale: Tensor, half: bool) -> Tensor:
 
 def _tied(scale: Tensor, half: bool) -> Tensor | None:
     return grid.half_step(scale) if half else None
-
-
-def _offset(scale: Tensor, trained: Tensor | None, kind: grid.OffsetKind) -> Tensor | None:
-    return trained if kind == "trained" else _tied(scale, kind == "half")

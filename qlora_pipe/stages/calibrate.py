@@ -5,10 +5,24 @@ from typing import Any
 from qlora_pipe import datasets
 from qlora_pipe.architectures import SITES, covariance_name
 from qlora_pipe.hf.calibration import batches_of, covariance_sweep, gradient_sweep
+from qlora_pipe.hf.sequences import Row
 from qlora_pipe.hf.tokens import load_tokenizer, rows
 from qlora_pipe.stages.base import Context, Stage, computing
 from qlora_pipe.stages.models import base_layers
 from quant.moments import Covariance
+
+
+def calibration_rows(context: Context, length: int, count: int, at_least: int = 1) -> list[Row]:
+    """The first `count` rows of the calibration text, of at most `length` tokens; DataError below `at_least`."""
+    dataset = context.config.data.calibration
+    return rows(
+        load_tokenizer(context.base),
+        datasets.load(dataset, "train", context.config.seed),
+        length=length,
+        count=count,
+        at_least=at_least,
+        name=f"{dataset.source} (data.calibration)",
+    )
 
 
 def run(context: Context) -> None:
@@ -16,15 +30,8 @@ def run(context: Context) -> None:
 
     Peak bytes: embedding and head, and of one layer its weights, the activations of one batch and the covariances.
     """
-    settings, dataset = context.config.calibrate, context.config.data.calibration
-    found = rows(
-        load_tokenizer(context.base),
-        datasets.load(dataset, "train", context.config.seed),
-        length=settings.length,
-        count=settings.sequences,
-        at_least=settings.sequences,
-        name=f"{dataset.source} (data.calibration)",
-    )
+    settings = context.config.calibrate
+    found = calibration_rows(context, settings.length, settings.sequences, at_least=settings.sequences)
     stream, batches = base_layers(context), batches_of(found, context.config.device)
     gradients = gradient_sweep(stream, batches, context.work, context.reporter)
     norms = gradients.norms if settings.weighting == "gradient" else None

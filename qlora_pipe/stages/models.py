@@ -16,7 +16,7 @@ from qlora_pipe.hf.model import AdaptedLinear, LinearOf, Model, TensorOf, build,
 from qlora_pipe.stages.base import Context
 from qlora_pipe.stages.packing import read_buffers, read_factors, read_packed, read_table
 from quant.fakequant import L4QLinear
-from quant.grid import dequantize, half_step, to_signed
+from quant.grid import dequantize, offset_of, to_signed
 from quant.linear import PackedLinear
 from quant.pack import unpack
 from quant.storage import PackedShape
@@ -101,8 +101,8 @@ def integer_weight(context: Context, reader: TensorReader, name: str) -> Tensor:
     settings, bits = context.config.compact, context.known.integer_bits[name]
     scale, kind = reader.read(f"{name}.scale"), settings.offset_at(bits)
     codes = unpack(reader.read(f"{name}.codes"), bits, scale.shape[1] * settings.group_size)
-    tied = half_step(scale) if kind == "half" else None
-    return dequantize(to_signed(codes, bits), scale, reader.read(f"{name}.offset") if kind == "trained" else tied)
+    trained = reader.read(f"{name}.offset") if kind == "trained" else None
+    return dequantize(to_signed(codes, bits), scale, offset_of(kind, scale, trained))
 
 
 def sliced_base_model(context: Context, make: Make, wrap: Wrap | None = None) -> Model:

@@ -27,7 +27,7 @@ from qlora_pipe.stages.models import (
 from qlora_pipe.stages.packing import read_factors, write_factors
 from qlora_pipe.stages.train import strength
 from qlora_pipe.transfer import Losses, UnquantiseGap, choose_scale, transfer_efficiency
-from quant.grid import dequantize, half_step
+from quant.grid import dequantize, offset_of
 
 
 def run(context: Context) -> None:
@@ -107,9 +107,8 @@ def _unquantise_gap(context: Context, chosen: list[Row]) -> dict[str, float | No
     def nearest(name: str, weight: Tensor, bias: Tensor | None) -> nn.Module:
         if config.compensates and settings.warm_start:
             weight = merged_weight(weight, *compensation(context, name), 1.0).to(weight.dtype)
-        codes, step, offset = first(name, weight.float())
-        if settings.offset_at(context.known.integer_bits[name]) == "half":
-            offset = half_step(step)
+        codes, step, trained = first(name, weight.float())
+        offset = offset_of(settings.offset_at(context.known.integer_bits[name]), step, trained)
         return dense_linear(dequantize(codes, step, offset).to(weight.dtype), bias)
 
     def dense(name: str, weight: Tensor, bias: Tensor | None) -> nn.Module:

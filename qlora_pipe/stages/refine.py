@@ -6,15 +6,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from qlora_pipe import datasets
 from qlora_pipe.architectures import MODULE, linear_name
 from qlora_pipe.config import Config
 from qlora_pipe.hf import ranks
 from qlora_pipe.hf.blocks import tune_blocks
 from qlora_pipe.hf.calibration import batches_of
 from qlora_pipe.hf.loss import summed_divergence
-from qlora_pipe.hf.tokens import load_tokenizer, rows
 from qlora_pipe.stages.base import Context, Stage, alike, computing
+from qlora_pipe.stages.calibrate import calibration_rows
 from qlora_pipe.stages.models import base_layers, base_model, tunable_layers, tunable_model
 from qlora_pipe.stages.packing import read_buffers, write_packed_model
 from qlora_pipe.stages.train import fit, training_rows
@@ -49,14 +48,8 @@ def run(context: Context) -> None:
 
 
 def _by_blocks(context: Context) -> tuple[list[dict[str, float]], dict[str, Tensor]]:
-    settings, dataset, found = context.config.refine, context.config.data.calibration, dict[str, Tensor]()
-    tokens = rows(
-        load_tokenizer(context.base),
-        datasets.load(dataset, "train", context.config.seed),
-        length=settings.length,
-        count=settings.block_rows,
-        name=f"{dataset.source} (data.calibration)",
-    )
+    settings, found = context.config.refine, dict[str, Tensor]()
+    tokens = calibration_rows(context, settings.length, settings.block_rows)
 
     def take(index: int, layer: nn.Module) -> None:
         for role, module in MODULE.items():

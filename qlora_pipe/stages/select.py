@@ -13,16 +13,15 @@ from prune.moments import variance
 from prune.saliency import GroupScores, activation, random, wanda
 from prune.select import keep_best
 from prune.taylor import gates
-from qlora_pipe import datasets
 from qlora_pipe.architectures import linear_name
 from qlora_pipe.config import Config
 from qlora_pipe.errors import StageError
 from qlora_pipe.hf.masked import Removal
 from qlora_pipe.hf.ramp import Ramp
 from qlora_pipe.hf.sequences import take
-from qlora_pipe.hf.tokens import load_tokenizer, rows
 from qlora_pipe.selection import Scores, decide, probes, record, scores_to_json, tabulate
 from qlora_pipe.stages.base import Context, Stage, alike, computing
+from qlora_pipe.stages.calibrate import calibration_rows
 from qlora_pipe.stages.models import full_packed_model, packed_map, packed_modules
 from qlora_pipe.stages.sparse import select_masks
 from qlora_pipe.stages.train import fit, training_rows, write_adapter
@@ -87,17 +86,8 @@ def _measured(context: Context, scores: Scores) -> dict[str, float]:
     """How far predictions of generic text move (nats a token) with each layer's KV groups, and its FFN channels, at
     their least."""
     config, known = context.config, context.known
-    settings, dataset = config.prune, config.data.calibration
-    found = take(
-        rows(
-            load_tokenizer(context.base),
-            datasets.load(dataset, "train", config.seed),
-            length=config.calibrate.length,
-            count=max(1, settings.tokens // config.calibrate.length),
-            name=f"{dataset.source} (data.calibration)",
-        ),
-        settings.tokens,
-    )
+    settings, length = config.prune, config.calibrate.length
+    found = take(calibration_rows(context, length, max(1, settings.tokens // length)), settings.tokens)
     moments = context.reader("calibrate", "moments")
     removal, losses = Removal(full_packed_model(context), found), {}
     tried = list(probes(scores, known.architecture, settings))

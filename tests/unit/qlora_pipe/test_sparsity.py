@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 import pytest
+from tiny import SIZES
 
 from prune.groups import LayerShape
 from qlora_pipe.architectures import FAMILIES, Architecture, from_config
@@ -25,16 +26,7 @@ LLAMA_13B = Architecture(
     False,
     frozenset(),
 )
-TINY = {
-    "model_type": "qwen2",
-    "hidden_size": 64,
-    "intermediate_size": 192,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 260,
-    "tie_word_embeddings": True,
-}
+TINY = {"model_type": "qwen2", **SIZES}
 
 
 def settings(pattern: str, **changes: Any) -> Sparsity:
