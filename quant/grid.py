@@ -183,9 +183,21 @@ def normalise(weight: Tensor, scale: Tensor, offset: Tensor | None) -> Tensor:
 
 
 def in_range(normalised: Tensor, bits: int) -> Tensor:
-    """Bool mask of the unrounded codes inside [QN, QP] (inclusive, with ``TIE_TOLERANCE``); same shape."""
+    """Bool mask of the unrounded codes less than ``TIE_TOLERANCE`` outside [QN, QP]; same shape."""
     low, high = bounds(bits)
-    return (normalised >= low - TIE_TOLERANCE) & (normalised <= high + TIE_TOLERANCE)
+    return (normalised > low - TIE_TOLERANCE) & (normalised < high + TIE_TOLERANCE)
+
+
+def where_in_range(values: Tensor, normalised: Tensor, bits: int) -> Tensor:
+    """``values`` where the unrounded code is ``in_range``, else 0: a fresh tensor, without one for the mask.
+
+    Args:
+        values, normalised: of one shape and dtype.
+    """
+    low, high = bounds(bits)
+    # The gradient of a clamp to open bounds is this very function, in one pass where a mask of bools takes five.
+    found: Tensor = torch.ops.aten.hardtanh_backward(values, normalised, low - TIE_TOLERANCE, high + TIE_TOLERANCE)
+    return found
 
 
 def round_codes(normalised: Tensor, bits: int) -> Tensor:

@@ -144,7 +144,7 @@ def compact_settings(config: Config) -> dict[str, Any]:
 
 STAGE = Stage(
     "compact",
-    3,
+    4,
     ("source", "calibrate", "select", "prune", "align", "train"),
     compact_settings,
     run,

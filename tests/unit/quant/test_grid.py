@@ -193,6 +193,18 @@ def test_mask_is_taken_on_the_unrounded_code():
     assert in_range.tolist() == [[True, True, False, False, True, True, False, False]]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("bits", BITS)
+def test_masked_values_are_those_of_the_mask(bits, dtype):
+    (low, high), eps = grid.bounds(bits), grid.TIE_TOLERANCE
+    edges = [low - 2 * eps, low - eps, low - eps / 2, low, 0.0, high, high + eps / 2, high + eps, high + 2 * eps]
+    real = torch.cat([torch.tensor(edges, dtype=dtype), 2 * high * gaussian(1, 4096)[0].to(dtype)])
+    values = gaussian(1, len(real), seed=1)[0].to(dtype)
+    expected = values * grid.in_range(real, bits)
+    assert torch.equal(grid.where_in_range(values, real, bits), expected)
+    assert 0 < (expected == 0).sum() < len(real)
+
+
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("with_offset", [False, True])
 def test_in_range_weights_are_within_half_a_step(bits, with_offset):
