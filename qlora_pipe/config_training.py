@@ -1,6 +1,6 @@
 """Settings of everything that is trained."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -27,6 +27,10 @@ class Optimisation(Section):
     activation_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
     save_steps: Positive = Field(25, description="steps between checkpoints a killed run resumes from")
 
+    def decisive(self) -> dict[str, Any]:
+        """The settings that the result depends on."""
+        return self.model_dump(mode="json", exclude={"save_steps"})
+
 
 class Refine(Optimisation):
     """Scales, levels and low-rank factors tuned to the original's predictions on calibration text, codes fixed."""
@@ -46,6 +50,28 @@ class Adapter(Optimisation):
 
     rank: Positive = Field(16, description="rank of the adapter")
     alpha: Rate = Field(32.0, description="the adapter is scaled by alpha / rank")
+
+
+class Taught(Adapter):
+    """LoRA factors that may learn from the original model too."""
+
+    teacher: Literal["original", "none"] = Field(
+        "none", description="whose predictions are learnt beside the text: the original model's, or none"
+    )
+    teacher_share: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.5, description="share of the teacher in the loss; the text itself has the rest"
+    )
+    top: Positive = Field(64, description="next tokens that are learnt one by one from the teacher, the rest as one")
+
+    @property
+    def asks(self) -> bool:
+        """Whether the teacher is asked."""
+        return self.teacher == "original"
+
+    def decisive(self) -> dict[str, Any]:
+        """Those of the teacher matter if there is one."""
+        found = super().decisive()
+        return found if self.asks else {name: found[name] for name in found if name not in ("teacher_share", "top")}
 
 
 class Guide(Optimisation):
@@ -75,17 +101,19 @@ class Guide(Optimisation):
         return self
 
 
-class Align(Adapter):
+class Align(Taught):
     """Slot C: LoRA on generic text, which makes up for what pruning removed; the full model does not get it."""
 
     enabled: bool = Field(False, description="true: train it; the task's adapter is then trained on top")
     teacher: Literal["original", "none"] = Field(
         "original", description="whose predictions it learns: the original model's, or none but the text itself"
     )
-    top: Positive = Field(64, description="next tokens that are learnt one by one from the teacher, the rest as one")
+    teacher_share: Annotated[float, Field(gt=0, le=1)] = Field(
+        1.0, description="share of the teacher in the loss; the text itself has the rest"
+    )
 
 
-class Tuning(Adapter):
+class Tuning(Taught):
     """An optimisation on the task's records."""
 
     packing: bool = Field(

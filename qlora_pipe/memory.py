@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from prune.groups import PRUNED_AXIS, shape_of
 from qlora_pipe import layouts
 from qlora_pipe.architectures import EMBEDDING, SITES, Architecture
-from qlora_pipe.config_training import Optimisation
+from qlora_pipe.config_training import Optimisation, Taught
 from qlora_pipe.known import Known
 from quant.storage import Choice, PackedShape
 
@@ -88,19 +88,22 @@ def _work(stage: str, known: Known) -> _Work:
     compensation = layouts.tensor_bytes(known.compensation()) if config.compensates else 0
     packed = layouts.tensor_bytes(known.pruned())
     if stage == "align" and config.align.enabled:
-        asking, targets = _teaching(known)
+        asking, targets = _teaching(known, config.align)
         batch = _batch(known, small, config.align.rank, config.align)
         return _Work(max(asking, targets + packed + _TRAINED_COPIES * compensation + batch), stream)
     if stage == "train":
+        asking, targets = _teaching(known, config.train)
         batch = _batch(known, small, config.train.rank, config.train)
-        return _Work(packed + compensation + _TRAINED_COPIES * adapter + batch, stream)
+        return _Work(max(asking, targets + packed + compensation + _TRAINED_COPIES * adapter + batch), stream)
     if stage == "compact" and config.compact.enabled:
         steps = sum(spec.nbytes for name, spec in known.integers().items() if name.endswith((".scale", ".offset")))
         trained = layouts.tensor_bytes(known.compact_adapter()) + steps
         batch = _batch(known, small, known.compact_rank(), config.compact)
         feedback = any(config.compact_init(bits) == "feedback" for bits in known.integer_bits.values())
         starting = matrix + (_starting(known) if feedback else 0)
-        return _Work(_frozen(known) + max(starting, _TRAINED_COPIES * trained + batch), stream)
+        asking, targets = _teaching(known, config.compact)
+        training = targets + _frozen(known) + max(starting, _TRAINED_COPIES * trained + batch)
+        return _Work(max(asking, training), stream)
     if stage in ("recover", "evaluate"):
         passing = _passing(full, EVALUATION_TOKENS) + _head(known, EVALUATION_TOKENS)
         return _Work(_rebuilt(_dense(known, full), known) + full_adapter + passing, stream)
@@ -128,11 +131,11 @@ def _calibration(known: Known) -> int:
     return width * (outer + 2 * layer) + norms + gates + max(backward, _passing(full, tokens) + sums)
 
 
-def _teaching(known: Known) -> tuple[int, int]:
+def _teaching(known: Known, settings: Taught) -> tuple[int, int]:
     """While the teacher is asked: embedding and head, one layer and a pass through it; and what stays, 8 bytes for each
     likely token. Nothing without a teacher."""
-    full, settings = known.architecture, known.config.align
-    if settings.teacher == "none":
+    full = known.architecture
+    if not settings.asks:
         return 0, 0
     tokens = settings.steps * settings.batch_size * settings.accumulation * settings.length
     outer = sum(math.prod(shape) for name, shape in full.tensors().items() if not name.startswith("model.layers."))

@@ -16,8 +16,7 @@ def read_by(stage: str, config: Config, full_packed: str) -> tuple[str, ...]:
     means = ("calibrate",) if config.prune.leaves_bias else ()
     original = ("source",) if sparse else ()
     guided = ("select",) if config.prune.method == "lora" else ()
-    teacher = ("source",) if config.align.teacher == "original" else ()
-    aligning = ("prune", *teacher) if config.align.enabled else ()
+    aligning = ("prune", *(("source",) if config.align.asks else ())) if config.align.enabled else ()
     found: dict[str, tuple[str, ...]] = {
         "source": ("source",),
         "calibrate": ("source",),
@@ -27,7 +26,7 @@ def read_by(stage: str, config: Config, full_packed: str) -> tuple[str, ...]:
         "select": (full_packed, *(moments or (means if config.prune.measures else ())), *original),
         "prune": (full_packed, *(("source", "calibrate", "select") if sparse else means)),
         "align": (*guided, *aligning),
-        "train": small,
+        "train": (*small, *(("source",) if config.train.asks else ())),
         "compact": ("source", *first, *(small if config.prune.leaves_bias else small[1:]), "train") if compact else (),
         "recover": ("source", *first, *small, "train", *compact, *deployed),
         "export": ("source", "recover", *trained, *deployed),

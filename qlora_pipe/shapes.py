@@ -6,6 +6,7 @@ from itertools import zip_longest
 from prune.groups import shape_of
 from qlora_pipe.architectures import Architecture
 from qlora_pipe.config import Config
+from qlora_pipe.config_training import Taught
 from qlora_pipe.errors import ConfigError
 from qlora_pipe.known import allowed
 from qlora_pipe.rules import bits_of
@@ -18,8 +19,14 @@ def check_shapes(architecture: Architecture, config: Config) -> None:
     allowed(architecture, config)
     check_divides(architecture, config.prune.sparsity)
     small = small_architecture(architecture, config.prune)
-    if config.align.enabled and config.align.teacher != "none" and config.align.top > architecture.vocab:
-        raise ConfigError(f"align.top {config.align.top} is more than the {architecture.vocab} tokens of the model")
+    taught: dict[str, tuple[bool, Taught]] = {
+        "align": (config.align.enabled, config.align),
+        "train": (True, config.train),
+        "compact": (config.compact.enabled, config.compact),
+    }
+    for section, (used, settings) in taught.items():
+        if used and settings.asks and settings.top > architecture.vocab:
+            raise ConfigError(f"{section}.top {settings.top} is more than the {architecture.vocab} tokens of the model")
     if not config.compact.enabled:
         return
     names = [name for _, _, name in architecture.linears()]

@@ -199,18 +199,19 @@ def _covariances(
 
 
 class Arguments:
-    """Arguments of a stream's layers for each batch. They depend on its shape alone: only the last shape's are kept."""
+    """Arguments of a stream's layers for each batch. Only the last ones are kept: they depend on a batch's shape alone,
+    unless rows share a sequence in it."""
 
     def __init__(self, stream: LayerStream, batches: Sequence[CalibrationBatch]) -> None:
         self._stream, self._batches = stream, batches
-        self._shape: torch.Size | None = None
+        self._key: tuple[int, ...] | None = None
         self._found: tuple[LayerArguments, ...] = ()
 
     def of(self, number: int, layer: int) -> LayerArguments:
         inputs = self._batches[number].inputs
-        if inputs["input_ids"].shape != self._shape:
-            self._found = self._stream.start(inputs).arguments
-            self._shape = inputs["input_ids"].shape
+        key = (number,) if "position_ids" in inputs else tuple(inputs["input_ids"].shape)
+        if key != self._key:
+            self._found, self._key = self._stream.start(inputs).arguments, key
         return self._found[layer]
 
 

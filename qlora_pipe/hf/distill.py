@@ -3,18 +3,19 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch import Tensor
+from torch.nn import functional
 from transformers import PreTrainedModel
 
 from qlora_pipe.artifacts.scratch import Scratch
 from qlora_pipe.events import Reporter
 from qlora_pipe.hf.calibration import Arguments, batches_of
 from qlora_pipe.hf.layers import LayerStream
-from qlora_pipe.hf.loss import cap_of, logits_of, predicting_states
+from qlora_pipe.hf.loss import cap_of, logits_of, over_head_rows, predicting_states, scored_tokens
 from qlora_pipe.hf.sequences import IGNORED, Row
 from qlora_pipe.memory import HEAD_ROWS
 
@@ -22,33 +23,35 @@ from qlora_pipe.memory import HEAD_ROWS
 _LEAST = 1e-6
 
 
-Tokens = tuple[tuple[int, ...], tuple[int, ...]]
-"""A row: its token ids, and its labels."""
-
-
 @dataclass(frozen=True)
 class Targets:
     """What a teacher expects at the scored positions of some rows.
 
     tokens: int32 [positions, top], the most likely next ones; log_probs: fp32, theirs. places: where the positions of a
-    row are.
+    row are, by its mark.
     """
 
     tokens: Tensor
     log_probs: Tensor
-    places: dict[Tokens, slice]
+    places: dict[bytes, slice]
 
     def of(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Tokens and log_probs of a padded batch of these rows, in any order, one row after the other."""
-        places, device = [self.places[row] for row in _rows_of(batch)], batch["input_ids"].device
+        places, device = [self.places[mark] for mark in _marks(batch)], batch["input_ids"].device
         tokens, log_probs = (torch.cat([part[place] for place in places]) for part in (self.tokens, self.log_probs))
         return tokens.long().to(device), log_probs.to(device)
 
 
-def _rows_of(batch: dict[str, Tensor]) -> list[Tokens]:
-    lengths = batch["attention_mask"].sum(dim=1).tolist()
-    ids, labels = batch["input_ids"].tolist(), batch["labels"].tolist()
-    return [(tuple(a[:n]), tuple(b[:n])) for a, b, n in zip(ids, labels, lengths, strict=True)]
+def _marks(batch: dict[str, Tensor]) -> list[bytes]:
+    """One for each row of a padded batch, of all that its predictions depend on: token ids, labels and positions up to
+    the last scored token."""
+    ids, labels = batch["input_ids"], batch["labels"]
+    positions = batch.get("position_ids", torch.arange(ids.shape[1], device=ids.device).expand_as(ids))
+    found = []
+    for row in torch.stack([ids, labels, positions], dim=1).cpu():
+        end = max((row[1] != IGNORED).nonzero().flatten().tolist(), default=-1) + 1
+        found.append(sha256(row[:, :end].contiguous().numpy().tobytes()).digest())
+    return found
 
 
 @torch.no_grad()
@@ -56,11 +59,11 @@ def teacher_targets(stream: LayerStream, rows: Sequence[Row], top: int, folder: 
     """The `top` most likely next tokens at every scored position of `rows`, of the model behind `stream`.
 
     Hidden states between layers wait in a file in `folder`. Peak bytes: the stream's, the activations of one batch in
-    one layer, and 8 `top` for each token.
+    one layer, and 8 `top` for each token; on disk the hidden states of all tokens once.
     """
     batches = batches_of(rows, stream.device)
     arguments = Arguments(stream, batches)
-    places: dict[Tokens, slice] = {}
+    places: dict[bytes, slice] = {}
     found, end = [], 0
     with Scratch(folder) as boundary, reporter.progress("asking the full model", len(stream)) as advance:
         for number, batch in enumerate(batches):
@@ -74,28 +77,23 @@ def teacher_targets(stream: LayerStream, rows: Sequence[Row], top: int, folder: 
         for number, batch in enumerate(batches):
             states = boundary.read(number, stream.device)
             found.append(stream.finish(partial(_most_likely, top), states, batch.inputs))
-            for row in _rows_of(batch.inputs):
-                count = sum(label != IGNORED for label in row[1][1:])
-                places[row] = slice(end, end + count)
+            counts = (batch.inputs["labels"][:, 1:] != IGNORED).sum(dim=1).tolist()
+            for mark, count in zip(_marks(batch.inputs), counts, strict=True):
+                places[mark] = slice(end, end + count)
                 end += count
     return Targets(torch.cat([tokens for tokens, _ in found]), torch.cat([probs for _, probs in found]), places)
 
 
-def summed_distillation(targets: Targets, model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
-    """Summed Kullback-Leibler divergence of the model's next-token predictions from the teacher's, over scored
-    positions, a scalar: of the teacher's most likely tokens one by one, and of all others taken together.
+def summed_distillation(targets: Targets, share: float, model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
+    """`share` times the summed Kullback-Leibler divergence of the model's next-token predictions from the teacher's,
+    and 1 - `share` times the cross entropy of `summed_loss`, over the same positions: a scalar.
 
-    Not above the divergence over the whole vocabulary, but for rounding. Peak bytes: as `summed_loss`.
+    The divergence is of the teacher's most likely tokens one by one, and of all others taken together: not above that
+    over the whole vocabulary, but for rounding. Peak bytes: as `summed_loss`.
     """
     tokens, wanted = targets.of(batch)
-    states, head, cap = predicting_states(model, batch), model.get_output_embeddings(), cap_of(model)
-    total = states.new_zeros(())
-    for start in range(0, len(states), HEAD_ROWS):
-        part = slice(start, start + HEAD_ROWS)
-        total = total + checkpoint(
-            _divergence, head, cap, states[part], tokens[part], wanted[part], use_reentrant=False
-        )
-    return total
+    beside = (tokens, wanted, scored_tokens(batch))
+    return over_head_rows(model, partial(_mixed, share), predicting_states(model, batch), *beside)
 
 
 def _most_likely(top: int, model: PreTrainedModel, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -108,9 +106,11 @@ def _most_likely(top: int, model: PreTrainedModel, batch: dict[str, Tensor]) -> 
     return torch.cat(tokens), torch.cat(log_probs)
 
 
-def _divergence(head: nn.Module, cap: float | None, states: Tensor, tokens: Tensor, wanted: Tensor) -> Tensor:
-    found = logits_of(head, cap, states).log_softmax(dim=-1).gather(1, tokens)
-    return nn.functional.kl_div(_with_rest(found), _with_rest(wanted), reduction="sum", log_target=True)
+def _mixed(share: float, logits: Tensor, tokens: Tensor, wanted: Tensor, following: Tensor) -> Tensor:
+    found = logits.log_softmax(dim=-1)
+    best = _with_rest(found.gather(1, tokens))
+    total = share * functional.kl_div(best, _with_rest(wanted), reduction="sum", log_target=True)
+    return total if share == 1 else total + (1 - share) * functional.nll_loss(found, following, reduction="sum")
 
 
 def _with_rest(log_probs: Tensor) -> Tensor:

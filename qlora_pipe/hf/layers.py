@@ -13,11 +13,12 @@ from transformers import PreTrainedModel
 from qlora_pipe.architectures import MODULE, Architecture
 from qlora_pipe.hf.loss import summed_loss
 from qlora_pipe.hf.model import LinearOf, TensorOf, empty_model, finished, put_module, put_tensor
+from qlora_pipe.hf.sequences import attending
 
 T = TypeVar("T")
 
 Batch = dict[str, Tensor]
-"""input_ids, attention_mask and labels, each [rows, tokens]."""
+"""As `collate` makes it: input_ids, labels, and attention_mask or position_ids, each [rows, tokens]."""
 
 LayerArguments = dict[str, Any]
 """What the model passes to one decoder layer beside hidden states: mask, rotary tables, positions."""
@@ -81,7 +82,7 @@ class LayerStream:
     def start(self, batch: Batch) -> Start:
         """The model's own preparation of a batch."""
         boundaries = self._boundaries()
-        self._shell.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+        self._shell.model(input_ids=batch["input_ids"], use_cache=False, **attending(batch))
         hidden = boundaries[0].seen
         assert hidden is not None
         found = Start(hidden, tuple(boundary.arguments for boundary in boundaries))

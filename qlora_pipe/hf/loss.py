@@ -1,8 +1,9 @@
 """The one definition of the language-model loss, for training and for perplexity."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from qlora_pipe.errors import StageError
-from qlora_pipe.hf.sequences import IGNORED, Row, collate
+from qlora_pipe.hf.sequences import IGNORED, Row, attending, collate
 from qlora_pipe.memory import EVALUATION_TOKENS, HEAD_ROWS
 
 
@@ -38,16 +39,20 @@ def summed_loss(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
     The head sees scored positions only, 256 at a time, recomputed in the backward pass. Peak bytes beyond the hidden
     states: about 4 x 256 x vocabulary floats.
     """
-    targets = batch["labels"][:, 1:]
-    states, wanted = predicting_states(model, batch), targets[targets != IGNORED]
-    head = model.get_output_embeddings()
-    cap = cap_of(model)
+    return over_head_rows(model, _head_loss, predicting_states(model, batch), scored_tokens(batch))
+
+
+def over_head_rows(model: PreTrainedModel, function: Callable[..., Tensor], states: Tensor, *beside: Tensor) -> Tensor:
+    """The sum of `function(logits, *beside)`, a scalar, over final hidden states [positions, hidden] and what is
+    `beside` each position: HEAD_ROWS positions at a time, recomputed in the backward pass."""
+    head, cap = model.get_output_embeddings(), cap_of(model)
+
+    def of(states: Tensor, *beside: Tensor) -> Tensor:
+        return function(logits_of(head, cap, states), *beside)
+
     total = states.new_zeros(())
-    for start in range(0, len(wanted), HEAD_ROWS):
-        part = (head, cap, states[start : start + HEAD_ROWS], wanted[start : start + HEAD_ROWS])
-        total = total + (
-            checkpoint(_head_loss, *part, use_reentrant=False) if torch.is_grad_enabled() else _head_loss(*part)
-        )
+    for part in zip(*(tensor.split(HEAD_ROWS) for tensor in (states, *beside)), strict=True):
+        total = total + (checkpoint(of, *part, use_reentrant=False) if torch.is_grad_enabled() else of(*part))
     return total
 
 
@@ -62,16 +67,7 @@ def summed_divergence(teacher: PreTrainedModel, model: PreTrainedModel, batch: d
 def divergence(teacher: PreTrainedModel, model: PreTrainedModel, wanted: Tensor, states: Tensor) -> Tensor:
     """The same from their final hidden states [positions, hidden], `wanted` the teacher's, that `predicting_states`
     finds."""
-    total = states.new_zeros(())
-    for start in range(0, len(states), HEAD_ROWS):
-        part = slice(start, start + HEAD_ROWS)
-        inputs = (model, teacher, states[part], wanted[part])
-        total = total + (
-            checkpoint(_head_divergence, *inputs, use_reentrant=False)
-            if torch.is_grad_enabled()
-            else _head_divergence(*inputs)
-        )
-    return total
+    return over_head_rows(model, partial(_head_divergence, teacher), states, wanted)
 
 
 def score(model: PreTrainedModel, rows: Sequence[Row], *, batch_tokens: int = EVALUATION_TOKENS) -> Score:
@@ -92,15 +88,14 @@ def score(model: PreTrainedModel, rows: Sequence[Row], *, batch_tokens: int = EV
     return Score(nll, tokens)
 
 
-def _head_loss(head: nn.Module, cap: float | None, states: Tensor, wanted: Tensor) -> Tensor:
-    return functional.cross_entropy(logits_of(head, cap, states), wanted, reduction="sum")
+def _head_loss(logits: Tensor, wanted: Tensor) -> Tensor:
+    return functional.cross_entropy(logits, wanted, reduction="sum")
 
 
-def _head_divergence(model: PreTrainedModel, teacher: PreTrainedModel, states: Tensor, wanted: Tensor) -> Tensor:
-    cap = cap_of(model)
-    found = logits_of(model.get_output_embeddings(), cap, states).log_softmax(dim=-1)
+def _head_divergence(teacher: PreTrainedModel, logits: Tensor, wanted: Tensor) -> Tensor:
+    found = logits.log_softmax(dim=-1)
     with torch.no_grad():
-        target = logits_of(teacher.get_output_embeddings(), cap, wanted).log_softmax(dim=-1)
+        target = logits_of(teacher.get_output_embeddings(), cap_of(teacher), wanted).log_softmax(dim=-1)
     return functional.kl_div(found, target, reduction="sum", log_target=True)
 
 
@@ -118,6 +113,11 @@ def cap_of(model: PreTrainedModel) -> float | None:
 
 def predicting_states(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
     """Final hidden states [positions, hidden] at the positions before those whose label is not IGNORED."""
-    where = {name: batch[name] for name in ("attention_mask", "position_ids") if name in batch}
-    hidden: Tensor = model.model(input_ids=batch["input_ids"], use_cache=False, **where).last_hidden_state
+    hidden: Tensor = model.model(input_ids=batch["input_ids"], use_cache=False, **attending(batch)).last_hidden_state
     return hidden[:, :-1][batch["labels"][:, 1:] != IGNORED]
+
+
+def scored_tokens(batch: dict[str, Tensor]) -> Tensor:
+    """What follows at these positions: token ids [positions]."""
+    following = batch["labels"][:, 1:]
+    return following[following != IGNORED]

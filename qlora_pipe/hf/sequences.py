@@ -95,3 +95,8 @@ def collate(batch: Sequence[Row]) -> dict[str, Tensor]:
         masks = [[*[1] * len(row.input_ids), *[0] * pad] for row, pad in zip(batch, pads, strict=True)]
         found["attention_mask"] = torch.tensor(masks)
     return found
+
+
+def attending(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What tells a model which tokens of a `collate`d batch see each other."""
+    return {name: batch[name] for name in ("attention_mask", "position_ids") if name in batch}

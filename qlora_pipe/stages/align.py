@@ -5,26 +5,21 @@ that structure, so recover drops it (LoRAM, arXiv 2502.13533, aligns all weights
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 from torch import Tensor
 
 from prune.scatter import restrict_adapter
 from qlora_pipe.config import Config
-from qlora_pipe.hf import ranks
-from qlora_pipe.hf.distill import summed_distillation, teacher_targets
-from qlora_pipe.hf.loss import summed_loss
-from qlora_pipe.hf.training import SummedLoss
 from qlora_pipe.stages.base import Context, Stage, alike, computing
-from qlora_pipe.stages.models import base_layers, pruned_model
+from qlora_pipe.stages.models import pruned_model
 from qlora_pipe.stages.packing import read_factors, write_factors
-from qlora_pipe.stages.train import fit_adapter, training_rows
+from qlora_pipe.stages.train import fit_adapter, objective, training_rows
 
 
 def run(context: Context) -> None:
-    """Peak bytes: the packed small model, slot C with its optimiser state, activations of one batch. With a teacher
-    8 `top` bytes a token more, and before that those of `teacher_targets`, without the small model."""
+    """Peak bytes: the packed small model, slot C with its optimiser state, activations of one batch, and what
+    `objective` takes."""
     config, dataset = context.config, context.config.data.calibration
     guided = config.prune.method == "lora"
     if not config.align.enabled:
@@ -34,11 +29,7 @@ def run(context: Context) -> None:
             context.write_json("skipped.json", {"reason": "align.enabled is false"})
         return
     chosen = training_rows(context, dataset, config.align)
-    loss: SummedLoss = summed_loss
-    if config.align.teacher == "original":
-        stream = base_layers(context)
-        asked = ranks.agree(lambda: teacher_targets(stream, chosen, config.align.top, context.work, context.reporter))
-        loss = partial(summed_distillation, asked)
+    loss = objective(context, chosen, config.align)
     start = _sliced(context) if guided else None
     fit_adapter(context, pruned_model(context, dense=False), chosen, config.align, loss, start)
 
@@ -67,7 +58,7 @@ def _settings(config: Config) -> dict[str, Any]:
     slot = {"enabled": False, "guided": config.prune.method == "lora"}
     if not config.align.enabled:
         return slot
-    return slot | computing(config) | config.align.model_dump(mode="json", exclude={"save_steps"})
+    return slot | computing(config) | config.align.decisive()
 
 
 STAGE = Stage(

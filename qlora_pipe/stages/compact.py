@@ -13,7 +13,7 @@ from qlora_pipe.stages.base import Context, Stage, alike, computing
 from qlora_pipe.stages.models import Make, compensation, l4q_modules, merged_weight, sliced_base_model
 from qlora_pipe.stages.moments import Moments
 from qlora_pipe.stages.packing import read_factors, write_factors
-from qlora_pipe.stages.train import fit, strength, task_rows
+from qlora_pipe.stages.train import fit, objective, strength, task_rows
 from quant.fakequant import L4QLinear
 from quant.grid import to_unsigned
 from quant.linear import PackedMatrix
@@ -23,18 +23,21 @@ from quant.start import first_codes, into_cells, packed_into_cells
 
 def run(context: Context) -> None:
     """Peak bytes: the small model in the compute dtype, its linear maps packed if `base` says so, factors and steps
-    with optimiser state, and one batch; before that one matrix's temporaries and what `Moments` holds."""
+    with optimiser state, one batch, and what `objective` takes; before that one matrix's temporaries and what `Moments`
+    holds."""
     settings = context.config.compact
     if not settings.enabled:
         context.write_json("skipped.json", {"reason": "compact.enabled is false"})
         return
+    chosen = task_rows(context, settings)
+    loss = objective(context, chosen, settings)
     model = sliced_base_model(context, _l4q_maker(context))
     modules = l4q_modules(model)
     for module in modules.values():
         for parameter in (module.lora_a, module.lora_b, module.scale, module.offset):
             if parameter is not None:
                 parameter.requires_grad_()
-    log = fit(context, model, task_rows(context, settings), settings, settings.step_rate)
+    log = fit(context, model, chosen, settings, settings.step_rate, loss)
     _write(context, modules)
     context.write_json("history.json", log)
 
@@ -138,7 +141,7 @@ def compact_settings(config: Config) -> dict[str, Any]:
     """What the integer model depends on."""
     if not config.compact.enabled:
         return {"enabled": False}
-    found = computing(config) | config.compact.model_dump(mode="json", exclude={"save_steps"})
+    found = computing(config) | config.compact.decisive()
     return found | {"damping": config.decompose.damping}
 
 

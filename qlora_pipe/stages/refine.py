@@ -88,7 +88,7 @@ def _tuned(model: nn.Module, module: str, name: str) -> dict[str, Tensor]:
 def _settings(config: Config) -> dict[str, Any]:
     if not config.refine.enabled:
         return {"enabled": False}
-    return computing(config) | config.refine.model_dump(mode="json", exclude={"save_steps"})
+    return computing(config) | config.refine.decisive()
 
 
 STAGE = Stage(

@@ -9,27 +9,27 @@ from torch import Tensor
 from qlora_pipe import datasets, layouts
 from qlora_pipe.architectures import Architecture
 from qlora_pipe.config_data import Dataset
-from qlora_pipe.config_training import Adapter, Optimisation, Tuning
+from qlora_pipe.config_training import Adapter, Optimisation, Taught, Tuning
+from qlora_pipe.hf import ranks
+from qlora_pipe.hf.distill import summed_distillation, teacher_targets
 from qlora_pipe.hf.loss import summed_loss
 from qlora_pipe.hf.model import Model
 from qlora_pipe.hf.sequences import Row
 from qlora_pipe.hf.tokens import load_tokenizer, rows
 from qlora_pipe.hf.training import SummedLoss, Watch, train
 from qlora_pipe.stages.base import Context, Stage, alike, computing
-from qlora_pipe.stages.models import aligned_model, packed_modules
+from qlora_pipe.stages.models import aligned_model, base_layers, packed_modules
 from qlora_pipe.stages.packing import write_factors
 from quant.linear import PackedLinear
 
 
 def run(context: Context) -> None:
-    """Peak bytes: the packed small model, the adapter with its optimiser state, activations of one batch."""
+    """Peak bytes: the packed small model, the adapter with its optimiser state, activations of one batch, and what
+    `objective` takes."""
     settings = context.config.train
-    fit_adapter(
-        context,
-        aligned_model(context, dense=False),
-        task_rows(context, settings),
-        settings,
-    )
+    chosen = task_rows(context, settings)
+    loss = objective(context, chosen, settings)
+    fit_adapter(context, aligned_model(context, dense=False), chosen, settings, loss)
 
 
 def fit_adapter(
@@ -87,6 +87,19 @@ def fit(
     )
 
 
+def objective(context: Context, chosen: Sequence[Row], settings: Taught) -> SummedLoss:
+    """What is asked of the small model on these rows: the text alone, or the original model's predictions too.
+
+    Peak bytes, with a teacher: 8 `top` a token, and before that those of `teacher_targets`, which is why it is called
+    before there is a small model.
+    """
+    if not settings.asks:
+        return summed_loss
+    stream = base_layers(context)
+    asked = ranks.agree(lambda: teacher_targets(stream, chosen, settings.top, context.work, context.reporter))
+    return partial(summed_distillation, asked, settings.teacher_share)
+
+
 def task_rows(context: Context, settings: Tuning) -> list[Row]:
     """Rows of the task's training part, packed if the settings say so."""
     return training_rows(context, context.config.data.task, settings, packing=settings.packing)
@@ -119,9 +132,9 @@ def strength(context: Context) -> float:
 
 STAGE = Stage(
     "train",
-    2,
+    3,
     ("source", "allocate", "prune", "align"),
-    lambda config: computing(config) | config.train.model_dump(mode="json", exclude={"save_steps"}),
+    lambda config: computing(config) | config.train.decisive(),
     run,
     lambda config: {"task": config.data.task},
     work=alike(run),

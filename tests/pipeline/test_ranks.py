@@ -27,7 +27,8 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_tiny_model(folder / "model", num_hidden_layers=3)
     save_texts(folder)
     shared = {"accumulation": 2, "batch_size": 1}
-    return save_settings(folder, train=shared, compact=shared, refine={**shared, "enabled": True, "steps": 2})
+    taught = shared | {"teacher": "original", "top": 8, "packing": True, "length": 128}
+    return save_settings(folder, train=taught, compact=taught, refine={**shared, "enabled": True, "steps": 2})
 
 
 def torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:

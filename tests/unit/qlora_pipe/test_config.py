@@ -55,6 +55,8 @@ def test_no_adapter_at_all_is_always_tried() -> None:
         ({"train": {"rnak": 8}}, "Extra inputs"),
         ({"train": {"rank": 0}}, "greater than or equal to 1"),
         ({"train": {"learning_rate": 0}}, "greater than 0"),
+        ({"train": {"teacher_share": 0}}, "greater than 0"),
+        ({"compact": {"teacher_share": 1.1}}, "less than or equal to 1"),
         ({"train": {"learning_rate": float("nan")}}, "finite"),
         ({"train": {"alpha": float("inf")}}, "finite"),
         ({"prune": {"ffn_ratio": 1.0}}, "less than 1"),

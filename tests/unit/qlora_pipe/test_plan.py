@@ -150,6 +150,21 @@ def test_loraprune_is_planned_for_the_full_model(folder: Path) -> None:
     assert peaks(folder, "align", *aligned, *many)[0] > 2 * peaks(folder, "align", *aligned)[0]
 
 
+@pytest.mark.parametrize("stage", ["align", "train", "compact"])
+def test_a_teacher_is_read_and_its_tokens_are_planned_for(folder: Path, stage: str) -> None:
+    batch = ("align.enabled=true", f"{stage}.steps=50", f"{stage}.batch_size=4", f"{stage}.length=128")
+    batch += (f"{stage}.accumulation=2",)
+    without, few, many = (
+        (*batch, f"{stage}.teacher={teacher}", f"{stage}.top={top}")
+        for teacher, top in (("none", 64), ("original", 4), ("original", 64))
+    )
+    assert peaks(folder, stage, *many)[0] - peaks(folder, stage, *few)[0] == 8 * (64 - 4) * 50 * 4 * 2 * 128
+    assert peaks(folder, stage, *few)[0] > peaks(folder, stage, *without)[0]
+    known, alone = (know(configure(folder, *given)) for given in (few, without))
+    # The integer model starts from the original's weights.
+    assert known.reads(stage) - alone.reads(stage) == (0 if stage == "compact" else known.base_bytes())
+
+
 def limited(folder: Path, *overrides: str) -> tuple[Config, Plan]:
     config = configure(folder, *overrides)
     return config, make_plan(config)

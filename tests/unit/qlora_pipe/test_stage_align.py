@@ -119,7 +119,8 @@ def test_it_is_left_out_unless_it_is_asked_for(config: Path) -> None:
     assert torch.equal(aligned_model(seen)(input_ids=ids).logits, pruned_model(seen)(input_ids=ids).logits)
 
 
-def test_more_tokens_than_there_are_cannot_be_learnt(config: Path) -> None:
-    settings = load(config, ("align.enabled=true", "align.top=261"))
-    with pytest.raises(ConfigError, match=r"align\.top 261 is more than the 260 tokens"):
+@pytest.mark.parametrize("stage", ["align", "train", "compact"])
+def test_more_tokens_than_there_are_cannot_be_learnt(config: Path, stage: str) -> None:
+    settings = load(config, ("align.enabled=true", f"{stage}.teacher=original", f"{stage}.top=261"))
+    with pytest.raises(ConfigError, match=rf"{stage}\.top 261 is more than the 260 tokens"):
         compile_model(settings, Reporter(json_lines=True), until="source")
