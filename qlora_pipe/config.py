@@ -207,8 +207,9 @@ class Config(Section):
     @property
     def compact_transfers(self) -> bool:
         """Whether the integer model's adapter is put at the full model's shapes: not if slot C, which belongs to the
-        small model alone, is part of it."""
-        return self.compact.enabled and not (self.compensates and self.compact.warm_start)
+        small model alone, is part of it, and not where it never was in an integer."""
+        l4q = self.compact.enabled and self.compact.method == "l4q"
+        return l4q and not (self.compensates and self.compact.warm_start)
 
     @model_validator(mode="after")
     def _zeros_stay_zero(self) -> "Config":

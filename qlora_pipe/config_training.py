@@ -21,7 +21,7 @@ class Optimisation(Section):
     length: Positive = Field(256, description="most tokens per row; longer rows are cut")
     warmup: Fraction = Field(0.1, description="share of the steps that warm up")
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="learning-rate schedule")
-    weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="of adapter factors only")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="of adapter factors, or of lsq's weights")
     clip: Rate = Field(1.0, description="largest gradient norm")
     optimizer: Literal["adamw", "adamw_8bit"] = Field("adamw", description="adamw_8bit: bitsandbytes")
     activation_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
@@ -127,18 +127,28 @@ class Train(Tuning):
 
 
 class Compact(Tuning):
-    """L4Q on the pruned original weights: what was trained is the integer model that is shipped."""
+    """L4Q, or a method it is measured beside, on the pruned original weights: what was trained is the integer model
+    that is shipped."""
 
     enabled: bool = Field(True, description="false: only the adapter for the full model is made")
+    method: Literal["l4q", "qat-lora", "qa-lora", "lsq"] = Field(
+        "l4q",
+        description="what is trained; l4q: steps, and factors that are added before rounding; qat-lora: steps, and an "
+        "adapter beside the rounded weight, with which it stays; qa-lora: offsets alone, by an adapter that sees the "
+        "sum of each input group; lsq: steps and the weight itself, 16 bytes a weight",
+    )
+    steps: Count = Field(100, description="optimiser steps; 0: none, the integers that training would start from")
     bits: Width = Field(4, description="bits of the integer grid")
     rules: tuple[BitsRule, ...] = Field(
         (), description="other bits for some matrices, such as {roles: [down], bits: 8}; the last rule counts"
     )
     group_size: Positive = Field(64, description="weights per step size, along the input")
     offset: Literal["auto", "zero", "half", "trained"] = Field(
-        "auto", description="what code 0 stands for: 0, half a step or a number; auto: half at 2 bits, else zero"
+        "auto",
+        description="what code 0 stands for: 0, half a step or a number; auto: half at 2 bits, else zero, from where "
+        "qa-lora goes on",
     )
-    learning_rate: Rate = Field(2e-4, description="peak learning rate of the adapter factors")
+    learning_rate: Rate = Field(2e-4, description="peak learning rate of the adapter factors, or of lsq's weights")
     step_rate: Rate = Field(2e-5, description="peak learning rate of the step sizes, and of trained offsets")
     init: Literal["auto", FirstCodes] = Field(
         "auto",
@@ -149,7 +159,9 @@ class Compact(Tuning):
     base: Literal["dense", "int8", "int4"] = Field(
         "dense", description="the frozen weight: in the compute dtype, or packed as places in the cells of the grid"
     )
-    warm_start: bool = Field(True, description="start the factors from the trained adapter")
+    warm_start: bool = Field(
+        True, description="start from the trained adapter: in the factors, with qa-lora and lsq in what is rounded"
+    )
 
     @model_validator(mode="after")
     def _init_suits_the_offset(self) -> "Compact":
@@ -159,6 +171,18 @@ class Compact(Tuning):
         for name, chosen in (("init: feedback", self.init == "feedback"), packed):
             if chosen and self.offset == "trained":
                 raise ValueError(f"{name} needs levels that are tied to the steps; set offset to auto, zero or half")
+        return self
+
+    @model_validator(mode="after")
+    def _method_suits_the_grid(self) -> "Compact":
+        if self.method == "qa-lora" and self.offset in ("zero", "half"):
+            raise ValueError(
+                f"method: qa-lora trains offsets, which offset: {self.offset} leaves no room for; set offset to auto, "
+                "to begin at zero or half a step, or to trained"
+            )
+        if self.base != "dense" and self.method in ("qa-lora", "lsq"):
+            why = "trains the weight" if self.method == "lsq" else "holds its codes packed in any case"
+            raise ValueError(f"method: {self.method} {why}: base: {self.base} is for l4q and qat-lora; set it to dense")
         return self
 
     @model_validator(mode="after")
@@ -176,8 +200,27 @@ class Compact(Tuning):
         """Bits of a packed frozen weight; None: it is dense."""
         return {"dense": None, "int8": 8, "int4": 4}[self.base]
 
+    @property
+    def leaves_adapter(self) -> bool:
+        """Whether there are LoRA factors in the end: in l4q's integers, beside those of qat-lora."""
+        return self.method in ("l4q", "qat-lora")
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether factors begin as those of the trained adapter."""
+        return self.warm_start and self.leaves_adapter
+
+    @property
+    def trains_offsets(self) -> bool:
+        """Whether the integer model has offsets of its own."""
+        return self.offset == "trained" or self.method == "qa-lora"
+
     def offset_at(self, bits: int) -> Literal["zero", "half", "trained"]:
         """The offset of a matrix of that many bits."""
+        return "trained" if self.trains_offsets else self.first_offset_at(bits)
+
+    def first_offset_at(self, bits: int) -> Literal["zero", "half", "trained"]:
+        """The offset that its first codes are chosen for."""
         if self.offset == "auto":
             return "half" if bits == 2 else "zero"
         return self.offset

@@ -139,9 +139,9 @@ class Known:
         return layouts.adapter(self.architecture, self.compact_rank())
 
     def compact_rank(self) -> int:
-        """A warm start takes over what was trained before, slots C and T, and with it the rank."""
-        if not self.config.compact.warm_start:
-            return self.config.compact.rank
+        """Of what compact trains; factors that go on from what was trained before, slots C and T, have their rank."""
+        if not self.config.compact.goes_on:
+            return 0 if self.config.compact.method == "lsq" else self.config.compact.rank
         return self.config.train.rank + (self.config.align.rank if self.config.compensates else 0)
 
     def compact_adapter(self) -> layouts.Tensors:
@@ -165,7 +165,8 @@ class Known:
         if stage == "train":
             return {"adapter": self.adapter()}
         if stage == "compact" and config.compact.enabled:
-            return {"model": self.integers(), "adapter": self.compact_adapter()}
+            adapter = {"adapter": self.compact_adapter()} if config.compact.leaves_adapter else {}
+            return {"model": self.integers()} | adapter
         if stage == "recover":
             compact = {"compact_adapter": self.full_compact_adapter()} if config.compact_transfers else {}
             return {"adapter": self.full_adapter()} | compact

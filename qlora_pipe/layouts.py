@@ -130,7 +130,7 @@ def integers(
         rows, columns = shape_of(role, architecture.layers[layer])
         found[f"{name}.codes"] = TensorSpec("I32", (rows, packed_columns(columns, bits[name])))
         found[f"{name}.scale"] = TensorSpec("F32", (rows, columns // settings.group_size))
-        if settings.offset == "trained":
+        if settings.trains_offsets:
             found[f"{name}.offset"] = found[f"{name}.scale"]
         if role in architecture.biased:
             found[f"{name}.bias"] = TensorSpec("F32", (rows,))

@@ -96,13 +96,11 @@ def _work(stage: str, known: Known) -> _Work:
         batch = _batch(known, small, config.train.rank, config.train)
         return _Work(max(asking, targets + packed + compensation + _TRAINED_COPIES * adapter + batch), stream)
     if stage == "compact" and config.compact.enabled:
-        steps = sum(spec.nbytes for name, spec in known.integers().items() if name.endswith((".scale", ".offset")))
-        trained = layouts.tensor_bytes(known.compact_adapter()) + steps
         batch = _batch(known, small, known.compact_rank(), config.compact)
         feedback = any(config.compact_init(bits) == "feedback" for bits in known.integer_bits.values())
         starting = matrix + (_starting(known) if feedback else 0)
         asking, targets = _teaching(known, config.compact)
-        training = targets + _frozen(known) + max(starting, _TRAINED_COPIES * trained + batch)
+        training = targets + _frozen(known) + max(starting, _TRAINED_COPIES * _integers_trained(known) + batch)
         return _Work(max(asking, training), stream)
     if stage in ("recover", "evaluate"):
         passing = _passing(full, EVALUATION_TOKENS) + _head(known, EVALUATION_TOKENS)
@@ -194,17 +192,44 @@ def _starting(known: Known) -> int:
 
 
 def _frozen(known: Known) -> int:
-    """The small model under the integer grid: in the compute dtype, or its linear maps packed."""
+    """The small model under the integer grid: in the compute dtype, or its linear maps packed. With qa-lora these are
+    codes, steps and offsets, and the offsets of a pass; with lsq nothing of them is frozen."""
     settings, found = known.config.compact, _dense(known, known.small)
+    if not settings.leaves_adapter:
+        found -= _width(known) * known.small.linear_weights()
+        return found + (_integers_bytes(known, ".codes", ".scale", ".offset", ".offset") if _pooled(known) else 0)
     if settings.packed_bits is None:
         return found
-    rank = known.compact_rank() if settings.warm_start else 0
+    rank = known.compact_rank() if settings.warm_start and settings.method == "l4q" else 0
     choice = Choice("nf", settings.packed_bits, settings.group_size, rank, 32, "float32", factor_dtype="float32")
     for layer, role, _ in known.small.linears():
         rows, columns = shape_of(role, known.small.layers[layer])
         packed = layouts.packed_bytes(PackedShape(columns, rows, choice, transposed=False))
         found -= _width(known) * rows * columns - packed
     return found
+
+
+def _integers_trained(known: Known) -> int:
+    """fp32 values that compact trains: steps and offsets with factors or, of lsq, with the weights; of qa-lora factors
+    whose inputs are one for each group."""
+    settings, small = known.config.compact, known.small
+    if _pooled(known):
+        shapes = small.linear_shapes().values()
+        return _FLOAT * settings.rank * sum(rows + columns // settings.group_size for rows, columns in shapes)
+    steps = _integers_bytes(known, ".scale", ".offset")
+    if settings.leaves_adapter:
+        return steps + layouts.tensor_bytes(known.compact_adapter())
+    return steps + _FLOAT * small.linear_weights()
+
+
+def _pooled(known: Known) -> bool:
+    return known.config.compact.method == "qa-lora"
+
+
+def _integers_bytes(known: Known, *kinds: str) -> int:
+    """Tensors of these kinds in the integer model, one named twice counted twice."""
+    tensors = known.integers().items()
+    return sum(spec.nbytes for kind in kinds for name, spec in tensors if name.endswith(kind))
 
 
 def _dense(known: Known, architecture: Architecture) -> int:

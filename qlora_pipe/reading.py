@@ -9,6 +9,7 @@ def read_by(stage: str, config: Config, full_packed: str) -> tuple[str, ...]:
     sparse = config.prune.sparsity.enabled
     compact = ("compact",) if config.compact.enabled else ()
     first = ("calibrate",) if compact and config.compact.init in ("auto", "feedback", "awmse") else ()
+    grid = compact if config.compact.method == "l4q" else ()
     deployed = (full_packed,) if config.recover.base == "decomposed" else ()
     small = ("prune", "align") if config.compensates else ("prune",)
     trained = compact or (*small, "train")
@@ -28,7 +29,7 @@ def read_by(stage: str, config: Config, full_packed: str) -> tuple[str, ...]:
         "align": (*guided, *aligning),
         "train": (*small, *(("source",) if config.train.asks else ())),
         "compact": ("source", *first, *(small if config.prune.leaves_bias else small[1:]), "train") if compact else (),
-        "recover": ("source", *first, *small, "train", *compact, *deployed),
+        "recover": ("source", *(first if grid else ()), *small, "train", *grid, *deployed),
         "export": ("source", "recover", *trained, *deployed),
         "evaluate": ("source", full_packed, *small, "train", *compact, "recover"),
     }

@@ -7,7 +7,6 @@ straight-through with the clipping mask taken on the unrounded code.
 Source: L4Q, arXiv 2402.04902 (ACL 2025), section 3. The paper's s is ``scale``, its b is ``offset``.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from quant import grid
 from quant.exceptions import QuantError, ShapeError
 from quant.linear import PackedMatrix, weight_rows
+from quant.lora import fresh_factors
 from quant.rebuild import add_product_, autocast_input, check_input, row_chunks, without_autocast
 from quant.storage import PackedShape
 
@@ -27,6 +27,10 @@ MIN_TRAINED_STEP = 6.2e-5
 
 A step below it would lose precision when written and, at zero or less, would flip or divide by zero.
 """
+
+
+_BASE = 10
+"""Operands of `L4QFunction` before the frozen weight's tensors."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,8 @@ def _offset(scale: Tensor, offset: Tensor | None, half: bool, rows: slice) -> Te
 
 
 class L4QFunction(torch.autograd.Function):
-    """``Y = X @ W_q^T`` that keeps X and references to its operands, and nothing of size [out, in].
+    """``Y = X @ W_q^T`` that keeps X and references to its operands, and nothing of size [out, in]; a dense W0 that
+    requires a gradient gets that of the sum.
 
     Forward and backward rebuild the weight in row chunks, in fp32 (fp64 when the steps are fp64); the
     products with activations run in X's dtype. Call it through ``l4q_linear``.
@@ -113,6 +118,7 @@ class L4QFunction(torch.autograd.Function):
         grad_a, grad_b = torch.zeros_like(lora_a, dtype=dtype), torch.empty_like(lora_b, dtype=dtype)
         grad_scale = torch.empty_like(scale)
         grad_offset = None if offset is None else torch.empty_like(offset)
+        grad_base = torch.empty_like(base[0]) if ctx.needs_input_grad[_BASE] else None
         with without_autocast(x):
             for rows in row_chunks(rows_total, columns, ctx.row_chunk):
                 merged = _merge(ctx.stored.rows(base, rows, dtype), lora_a, lora_b[rows], alpha)
@@ -137,13 +143,17 @@ class L4QFunction(torch.autograd.Function):
                 grad_merged = grad_real.view_as(merged)
                 torch.mm(grad_merged, lora_a.to(dtype).t(), out=grad_b[rows])
                 grad_a.addmm_(lora_b[rows].to(dtype).t(), grad_merged)
+                if grad_base is not None:
+                    grad_base[rows] = grad_merged
         return (
             None if grad_x is None else grad_x.to(x.dtype).view_as(x),
             grad_a.mul_(alpha).to(lora_a.dtype),
             grad_b.mul_(alpha).to(lora_b.dtype),
             grad_scale,
             grad_offset,
-            *(None,) * (5 + len(base)),
+            *(None,) * (_BASE - 5),
+            grad_base,
+            *(None,) * (len(base) - 1),
         )
 
 
@@ -255,7 +265,7 @@ class L4QLinear(nn.Module):
         self.bits, self.group_size, self.alpha, self.row_chunk = bits, group_size, alpha, row_chunk
         self.weight = nn.Parameter(weight.detach(), requires_grad=False) if isinstance(weight, Tensor) else weight
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
-        lora_a, lora_b = warm_start or _fresh_factors(self.out_features, self.in_features, rank, generator)
+        lora_a, lora_b = warm_start or fresh_factors(self.out_features, self.in_features, rank, generator)
         self.rank = lora_a.shape[0]
         if lora_a.shape != (self.rank, self.in_features) or lora_b.shape != (self.out_features, self.rank):
             raise ShapeError(
@@ -326,12 +336,3 @@ class L4QLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}, "
             f"group_size={self.group_size}, rank={self.rank}, alpha={self.alpha}"
         )
-
-
-def _fresh_factors(rows: int, columns: int, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """LoRA's start: A Kaiming-uniform(a=sqrt 5), drawn where the generator lives, B zeros."""
-    if rank < 1:
-        raise ShapeError(f"rank must be at least 1, found {rank}")
-    lora_a = torch.empty(rank, columns, dtype=torch.float32, device=generator.device)
-    nn.init.kaiming_uniform_(lora_a, a=math.sqrt(5), generator=generator)
-    return lora_a, torch.zeros(rows, rank, dtype=torch.float32, device=generator.device)

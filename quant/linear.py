@@ -7,7 +7,6 @@ pruning cuts is always the row axis of the stored matrix: slicing rows of the bu
 Source: LQ-LoRA, arXiv 2311.12023 (Q + L1 L2); QLoRA, arXiv 2305.14314 (rebuild at use).
 """
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -15,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
 from quant.buffers import first_level_scales, slice_rows, zero_points
-from quant.exceptions import QuantError, ShapeError
+from quant.exceptions import QuantError
 from quant.lookup import dequantize_packed
+from quant.lora import adapted, fresh_factors
 from quant.rebuild import add_product_, autocast_input, check_input, row_chunks, without_autocast
 from quant.scales import torch_dtype
 from quant.storage import PackedShape
@@ -209,15 +208,11 @@ class PackedLinear(PackedMatrix):
         Raises:
             ShapeError: rank below 1. QuantError: an adapter is already attached.
         """
-        if rank < 1:
-            raise ShapeError(f"adapter rank must be at least 1, found {rank}")
+        task_a, task_b = fresh_factors(self.shape.out_features, self.shape.in_features, rank, generator)
         if self.task_a is not None:
             raise QuantError("an adapter is already attached to this layer")
-        task_a = torch.empty(rank, self.shape.in_features, dtype=torch.float32, device=generator.device)
-        nn.init.kaiming_uniform_(task_a, a=math.sqrt(5), generator=generator)
         device = self.qweight.device
-        self.task_a = nn.Parameter(task_a.to(device))
-        self.task_b = nn.Parameter(torch.zeros(self.shape.out_features, rank, dtype=torch.float32, device=device))
+        self.task_a, self.task_b = nn.Parameter(task_a.to(device)), nn.Parameter(task_b.to(device))
         self.task_scale = alpha / rank
 
     def narrow(self, rows: Tensor) -> None:
@@ -253,6 +248,5 @@ class PackedLinear(PackedMatrix):
         if bias is not None:
             y = y + bias.to(y.dtype)
         if task_a is not None and task_b is not None:
-            hidden = F.linear(x, task_a.to(x.dtype))
-            y = y + self.task_scale * F.linear(hidden, task_b.to(x.dtype))
+            y = adapted(y, x, task_a, task_b, self.task_scale)
         return y

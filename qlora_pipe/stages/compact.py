@@ -1,4 +1,5 @@
-"""compact: L4Q on the pruned original weights; the integers of the last step are what is written."""
+"""compact: L4Q, or a method it is measured beside, on the pruned original weights; the integers of the last step are
+what is written."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,84 +10,144 @@ from torch import Tensor, nn
 from qlora_pipe.architectures import place_of
 from qlora_pipe.artifacts.tensors import TensorReader
 from qlora_pipe.config import Config
+from qlora_pipe.hf.loss import summed_loss
+from qlora_pipe.hf.model import Model
 from qlora_pipe.stages.base import Context, Stage, alike, computing
-from qlora_pipe.stages.models import Make, compensation, l4q_modules, merged_weight, sliced_base_model
+from qlora_pipe.stages.models import (
+    Make,
+    compensation,
+    integer_model,
+    integer_modules,
+    merged_weight,
+    sliced_base_model,
+    with_adapter,
+)
 from qlora_pipe.stages.moments import Moments
 from qlora_pipe.stages.packing import read_factors, write_factors
 from qlora_pipe.stages.train import fit, objective, strength, task_rows
+from quant.baselines import FakeQuantLinear, LoRALinear, QALoRALinear
 from quant.fakequant import L4QLinear
-from quant.grid import to_unsigned
+from quant.grid import offset_of, to_unsigned
 from quant.linear import PackedMatrix
 from quant.pack import pack
 from quant.start import first_codes, into_cells, packed_into_cells
 
+_TRAINED = {
+    "l4q": ("lora_a", "lora_b", "scale", "offset"),
+    "qat-lora": ("task_a", "task_b", "scale", "offset"),
+    "qa-lora": ("lora_a", "lora_b"),
+    "lsq": ("weight", "scale", "offset"),
+}
+"""Parameters of a linear map that each method trains."""
+
 
 def run(context: Context) -> None:
-    """Peak bytes: the small model in the compute dtype, its linear maps packed if `base` says so, factors and steps
-    with optimiser state, one batch, and what `objective` takes; before that one matrix's temporaries and what `Moments`
-    holds."""
+    """Peak bytes: the small model in the compute dtype, its linear maps packed if `base` says so, what is trained with
+    optimiser state, one batch, and what `objective` takes; before that one matrix's temporaries and what `Moments`
+    holds. With lsq the linear maps are what is trained."""
     settings = context.config.compact
     if not settings.enabled:
         context.write_json("skipped.json", {"reason": "compact.enabled is false"})
         return
-    chosen = task_rows(context, settings)
-    loss = objective(context, chosen, settings)
-    model = sliced_base_model(context, _l4q_maker(context))
-    modules = l4q_modules(model)
-    for module in modules.values():
-        for parameter in (module.lora_a, module.lora_b, module.scale, module.offset):
-            if parameter is not None:
-                parameter.requires_grad_()
-    log = fit(context, model, chosen, settings, settings.step_rate, loss)
-    _write(context, modules)
+    chosen = task_rows(context, settings) if settings.steps else []
+    loss = objective(context, chosen, settings) if chosen else summed_loss
+    model = sliced_base_model(context, _maker(context))
+    maps = tuple(f"{name}." for _, _, name in context.known.small.linears())
+    for name, parameter in model.named_parameters():
+        if name.startswith(maps) and name.rpartition(".")[2] in _TRAINED[settings.method]:
+            parameter.requires_grad_()
+    log = fit(context, model, chosen, settings, settings.step_rate, loss) if chosen else []
+    _write(context, model)
     context.write_json("history.json", log)
 
 
 def compact_strength(context: Context) -> float:
-    """What multiplies B A in the L4Q layers: that of slot T if they start from it."""
+    """What multiplies B A: that of slot T where factors go on from it."""
     settings = context.config.compact
-    return strength(context) if settings.warm_start else settings.alpha / settings.rank
+    return strength(context) if settings.goes_on else settings.alpha / settings.rank
 
 
-def _l4q_maker(context: Context) -> Make:
-    """(name, weight, bias) to an L4Q layer; with a warm start its factors begin as slots C and T side by side."""
-    settings, strength = context.config.compact, compact_strength(context)
-    generator = torch.Generator().manual_seed(context.config.seed)
+def compact_model(context: Context) -> Model:
+    """What was trained, from what is stored of it, made dense. Peak bytes: the small dense model."""
+    wrap = None
+    if context.config.compact.method == "qat-lora":
+        wrap = with_adapter(context.reader("compact", "adapter").read, compact_strength(context), context.dtype)
+    return integer_model(context, context.reader("compact"), wrap)
+
+
+def _maker(context: Context) -> Make:
+    """(name, weight, bias) to a layer of the method. With a warm start slots C and T, side by side, are where its
+    factors begin, or part of what is rounded."""
+    settings, generator = context.config.compact, torch.Generator().manual_seed(context.config.seed)
     adapter, first = context.reader("train", "adapter"), first_integers(context)
 
     def make(name: str, weight: Tensor, bias: Tensor | None) -> nn.Module:
         bits = context.known.integer_bits[name]
-        kind = settings.offset_at(bits)
+        kind = settings.first_offset_at(bits)
         start = _warm_start(context, adapter, name) if settings.warm_start else None
-        target = weight.float() if start is None else merged_weight(weight, *start, strength)
+        beside = settings.method == "qat-lora"
+        target = weight.float() if start is None or beside else merged_weight(weight, *start, strength(context))
         codes, scale, offset = first(name, target)
-        frozen: Tensor | PackedMatrix = weight
-        if settings.packed_bits is not None:
-            factors = None if start is None else (start[1] * -strength, start[0])
-            frozen = packed_into_cells(
-                *(target, codes, scale),
+        if settings.method == "qa-lora":
+            return QALoRALinear(
+                *(codes, scale, offset_of(kind, scale, offset), bias),
                 bits=bits,
-                half=kind == "half",
-                packed_bits=settings.packed_bits,
-                factors=factors,
+                rank=settings.rank,
+                alpha=compact_strength(context),
+                generator=generator,
             )
-        elif context.config.compact_init(bits) == "feedback":
-            inside = into_cells(target, codes, scale, bits=bits, half=kind == "half", dtype=weight.dtype)
-            frozen = inside if start is None else merged_weight(inside, *start, -strength)
-        return L4QLinear(
-            frozen.to(weight.dtype) if isinstance(frozen, Tensor) else frozen,
-            bias,
-            bits=bits,
-            group_size=settings.group_size,
-            rank=settings.rank,
-            alpha=strength,
-            generator=generator,
-            offset=kind,
-            steps=(scale, offset),
-            warm_start=start,
-        )
+        factors = start if settings.method == "l4q" else None
+        base = _under_rounding(context, name, weight, target, (codes, scale), factors)
+        size, steps = settings.group_size, (scale, offset)
+        if settings.method == "l4q":
+            return L4QLinear(
+                base,
+                bias,
+                bits=bits,
+                group_size=size,
+                rank=settings.rank,
+                alpha=compact_strength(context),
+                generator=generator,
+                offset=kind,
+                steps=steps,
+                warm_start=factors,
+            )
+        rounded = FakeQuantLinear(base, bias, bits=bits, group_size=size, steps=steps, offset=kind)
+        if not beside:
+            return rounded
+        module = LoRALinear(rounded)
+        if start is None:
+            module.attach_adapter(settings.rank, settings.alpha, generator)
+        else:
+            module.set_adapter(*start, compact_strength(context))
+        return module
 
     return make
+
+
+def _under_rounding(
+    context: Context,
+    name: str,
+    weight: Tensor,
+    target: Tensor,
+    integers: tuple[Tensor, Tensor],
+    factors: tuple[Tensor, Tensor] | None,
+) -> Tensor | PackedMatrix:
+    """The matrix to which a layer adds its `factors`, if it has any, before rounding: together they round to the first
+    codes of `target`."""
+    settings, bits, strength = context.config.compact, context.known.integer_bits[name], compact_strength(context)
+    # What lsq trains is a master that a step of bfloat16 would not move.
+    dtype = torch.float32 if settings.method == "lsq" else weight.dtype
+    half = settings.first_offset_at(bits) == "half"
+    if settings.packed_bits is not None:
+        removed = None if factors is None else (factors[1] * -strength, factors[0])
+        return packed_into_cells(
+            target, *integers, bits=bits, half=half, packed_bits=settings.packed_bits, factors=removed
+        )
+    if context.config.compact_init(bits) == "feedback":
+        inside = into_cells(target, *integers, bits=bits, half=half, dtype=dtype)
+        return (inside if factors is None else merged_weight(inside, *factors, -strength)).to(dtype)
+    return (target if factors is None else weight).to(dtype)
 
 
 def first_integers(context: Context) -> Callable[[str, Tensor], tuple[Tensor, Tensor, Tensor | None]]:
@@ -102,7 +163,7 @@ def first_integers(context: Context) -> Callable[[str, Tensor], tuple[Tensor, Te
             bits,
             settings.group_size,
             method=method,
-            offset=settings.offset_at(bits),
+            offset=settings.first_offset_at(bits),
             importance=moments.squares(*place) if method == "awmse" else None,
             passing=moments.feedback(*place, settings.group_size) if method == "feedback" else None,
         )
@@ -111,7 +172,7 @@ def first_integers(context: Context) -> Callable[[str, Tensor], tuple[Tensor, Te
 
 
 def _warm_start(context: Context, adapter: TensorReader, name: str) -> tuple[Tensor, Tensor]:
-    """Factors of which `compact_strength` times B A is what slots C and T add to the weight."""
+    """Factors of which slot T's strength times B A is what slots C and T add to the weight."""
     lora_a, lora_b = read_factors(adapter.read, name)
     if not context.config.compensates:
         return lora_a, lora_b
@@ -119,22 +180,29 @@ def _warm_start(context: Context, adapter: TensorReader, name: str) -> tuple[Ten
     return torch.cat([slot_a, lora_a]), torch.cat([slot_b / strength(context), lora_b], dim=1)
 
 
-def _write(context: Context, modules: dict[str, L4QLinear]) -> None:
-    known = context.known
+def _write(context: Context, model: Model) -> None:
+    known, modules = context.known, integer_modules(model)
     with context.writer(known.integers()) as writer:
         for name, module in modules.items():
             codes, scale, offset = module.quantized()
             writer.write(f"{name}.codes", pack(to_unsigned(codes, module.bits), module.bits))
             writer.write(f"{name}.scale", scale)
-            if module.offset is not None and offset is not None:
+            if context.config.compact.trains_offsets and offset is not None:
                 writer.write(f"{name}.offset", offset)
             if module.bias is not None:
                 writer.write(f"{name}.bias", module.bias.float())
         for name in known.small.others():
             writer.write(name, context.base_reader.read(name))
+    if not context.config.compact.leaves_adapter:
+        return
     with context.writer(known.compact_adapter(), stem="adapter") as writer:
         for name, module in modules.items():
-            write_factors(writer, name, module.lora_a, module.lora_b)
+            place = model.get_submodule(name)
+            beside = isinstance(place, LoRALinear)
+            lora_a, lora_b = (place.task_a, place.task_b) if beside else (module.lora_a, module.lora_b)
+            assert lora_a is not None
+            assert lora_b is not None
+            write_factors(writer, name, lora_a, lora_b)
 
 
 def compact_settings(config: Config) -> dict[str, Any]:

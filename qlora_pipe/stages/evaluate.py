@@ -14,11 +14,11 @@ from qlora_pipe.hf.model import Model
 from qlora_pipe.hf.sequences import Row, take
 from qlora_pipe.hf.tokens import load_tokenizer, rows
 from qlora_pipe.stages.base import Context, Stage, computing
+from qlora_pipe.stages.compact import compact_model
 from qlora_pipe.stages.models import (
     aligned_model,
     base_model,
     decomposed_model,
-    integer_model,
     pruned_model,
     with_adapter,
 )
@@ -84,7 +84,7 @@ def _models(context: Context) -> Iterator[tuple[str, Model]]:
     small = context.reader("train", "adapter")
     yield "trained-small", aligned_model(context, with_adapter(small.read, strength(context), context.dtype))
     if context.config.compact.enabled:
-        yield "compact", integer_model(context, context.reader("compact"))
+        yield "compact", compact_model(context)
     full = context.reader("recover", "adapter")
     factor = context.read_json("recover", "recovery.json")["scale"] * strength(context)
     adapted = with_adapter(full.read, factor, context.dtype)
@@ -119,7 +119,9 @@ def _sizes(context: Context) -> dict[str, dict[str, Any]]:
     if aligned:
         found["aligned"] = size(known.pruned(), pruned + sum(aligned.values()), small, slot)
     if context.config.compact.enabled:
-        found["compact"] = size(known.integers(), sum(folder_files(known.integers()).values()), small)
+        beside = known.compact_adapter() if context.config.compact.method == "qat-lora" else {}
+        files = sum((*folder_files(known.integers()).values(), *folder_files(beside, stem="adapter").values()))
+        found["compact"] = size(known.integers(), files, small, layouts.tensor_bytes(beside))
     found["full+recovered"] = size(base, base_file + full_adapter, full, extra_full)
     found["decomposed+recovered"] = size(known.decomposed(), decomposed + full_adapter, full, extra_full)
     return found
@@ -127,7 +129,7 @@ def _sizes(context: Context) -> dict[str, dict[str, Any]]:
 
 STAGE = Stage(
     "evaluate",
-    2,
+    3,
     ("source", "allocate", "decompose", "refine", "prune", "align", "train", "compact", "recover"),
     lambda config: (
         computing(config)

@@ -13,11 +13,20 @@ from qlora_pipe.exporters.dense import write_dense
 from qlora_pipe.exporters.peft import write_peft
 from qlora_pipe.sources import base_name, read_config
 from qlora_pipe.stages.base import Context, Stage
+from qlora_pipe.stages.compact import compact_strength
 from qlora_pipe.stages.models import integer_weight
 from qlora_pipe.stages.packing import read_factors, read_packed, small_settings
 from qlora_pipe.stages.train import strength
 
 Read = Callable[[str], Tensor]
+
+_COMPACT = {
+    "l4q": "L4Q integers, dequantised",
+    "qat-lora": "QAT-LoRA integers, dequantised, with their adapter merged: not one integer model",
+    "qa-lora": "QA-LoRA integers, dequantised",
+    "lsq": "LSQ integers, dequantised",
+}
+"""What `small` holds, by method of compact."""
 
 
 def run(context: Context) -> None:
@@ -46,7 +55,7 @@ def run(context: Context) -> None:
         _dense(context, "small", read, small_settings(context, {}))
         slots = "adapters" if config.compensates else "adapter"
         quantised = "sparse Q" if config.prune.sparsity.enabled else "Q"
-        trained = "L4Q integers, dequantised" if config.compact.enabled else f"{quantised} + L1 L2 + {slots}"
+        trained = _COMPACT[config.compact.method] if config.compact.enabled else f"{quantised} + L1 L2 + {slots}"
         exported["small"] = {"weights": trained, "dtype": config.export.dtype}
     context.write_json("export.json", exported)
 
@@ -99,7 +108,8 @@ def _adapted(dense: Read, architecture: Architecture, adapter: TensorReader, fac
 
 
 def _integers(context: Context) -> Read:
-    """The trained integer model, dequantised: the very weights of the last training step."""
+    """The trained integer model, dequantised: the very weights of the last training step. An adapter that was trained
+    beside them is added."""
     reader = context.reader("compact")
     linears = {name for _, _, name in context.known.small.linears()}
 
@@ -109,7 +119,9 @@ def _integers(context: Context) -> Read:
             return integer_weight(context, reader, name)
         return reader.read_float(tensor)
 
-    return read
+    if context.config.compact.method != "qat-lora":
+        return read
+    return _adapted(read, context.known.small, context.reader("compact", "adapter"), compact_strength(context))
 
 
 def _small(context: Context) -> Read:
@@ -123,7 +135,7 @@ def _small(context: Context) -> Read:
 
 STAGE = Stage(
     "export",
-    3,
+    4,
     ("source", "allocate", "decompose", "refine", "prune", "align", "train", "compact", "recover"),
     lambda config: (
         config.export.model_dump(mode="json")

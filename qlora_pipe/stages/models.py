@@ -15,6 +15,7 @@ from qlora_pipe.hf.layers import LayerStream
 from qlora_pipe.hf.model import AdaptedLinear, LinearOf, Model, TensorOf, build, dense_linear, load_config
 from qlora_pipe.stages.base import Context
 from qlora_pipe.stages.packing import read_buffers, read_factors, read_packed, read_table
+from quant.baselines import QALoRALinear
 from quant.fakequant import L4QLinear
 from quant.grid import dequantize, offset_of, to_signed
 from quant.linear import PackedLinear
@@ -85,19 +86,19 @@ def compensation(context: Context, name: str) -> tuple[Tensor, Tensor]:
     return lora_a, lora_b * (settings.alpha / settings.rank)
 
 
-def integer_model(context: Context, reader: TensorReader) -> Model:
-    """The trained L4Q model from its stored integers, made dense. Peak bytes: the small dense model."""
+def integer_model(context: Context, reader: TensorReader, wrap: Wrap | None = None) -> Model:
+    """The trained integer model from what is stored of it, made dense. Peak bytes: the small dense model."""
     small = context.known.small
 
     def linear(layer: int, role: str, name: str) -> nn.Module:
         bias = reader.read_float(f"{name}.bias", context.dtype) if role in small.biased else None
         return dense_linear(integer_weight(context, reader, name).to(context.dtype), bias)
 
-    return _build(context, small, linear, reader, None)
+    return _build(context, small, linear, reader, wrap)
 
 
 def integer_weight(context: Context, reader: TensorReader, name: str) -> Tensor:
-    """fp32 weight [out, in] of a stored L4Q map: codes times steps and offset, the function that training used."""
+    """fp32 weight [out, in] of a stored integer map: codes times steps and offset, the function that training used."""
     settings, bits = context.config.compact, context.known.integer_bits[name]
     scale, kind = reader.read(f"{name}.scale"), settings.offset_at(bits)
     codes = unpack(reader.read(f"{name}.codes"), bits, scale.shape[1] * settings.group_size)
@@ -150,9 +151,13 @@ def packed_map(context: Context, reader: TensorReader, stage: str, layer: int, r
     return read_packed(reader.read, linear_name(layer, role), context.known.packed_shape(stage, layer, role))
 
 
-def l4q_modules(model: Model) -> dict[str, L4QLinear]:
-    """Name to module of every L4Q linear map."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, L4QLinear)}
+def integer_modules(model: Model) -> dict[str, L4QLinear | QALoRALinear]:
+    """Name to module of every linear map that becomes integers; an adapter beside it is not part of it."""
+    return {
+        name.removesuffix(".base"): module
+        for name, module in model.named_modules()
+        if isinstance(module, L4QLinear | QALoRALinear)
+    }
 
 
 def packed_modules(model: Model) -> dict[str, PackedLinear]:

@@ -50,7 +50,7 @@ def run(context: Context) -> None:
         "tokens": sum(row.scored for row in chosen),
         "index_map": context.index_map.digest(),
     }
-    if config.compact.enabled:
+    if config.compact.enabled and config.compact.method == "l4q":
         report["unquantise_gap"] = _unquantise_gap(context, chosen)
     context.write_json("recovery.json", report)
     context.reporter.event("recovered", _verdict(report))
@@ -130,7 +130,7 @@ def _verdict(report: dict[str, Any]) -> str:
 
 STAGE = Stage(
     "recover",
-    3,
+    4,
     ("source", "calibrate", "allocate", "decompose", "refine", "select", "prune", "align", "train", "compact"),
     lambda config: (
         computing(config)

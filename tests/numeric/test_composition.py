@@ -25,7 +25,7 @@ from qlora_pipe.hf.model import Model, dense_linear
 from qlora_pipe.plan import know
 from qlora_pipe.stages import compact
 from qlora_pipe.stages.base import Context
-from qlora_pipe.stages.models import decomposed_model, integer_model, l4q_modules, pruned_model, with_adapter
+from qlora_pipe.stages.models import decomposed_model, integer_model, integer_modules, pruned_model, with_adapter
 from qlora_pipe.stages.packing import packed_linear, read_packed
 from qlora_pipe.stages.train import strength
 from qlora_pipe.verify import verify_path
@@ -106,7 +106,7 @@ def chain(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     context = Context(config, known, base, artifacts, folder / "out", folder / "work", Reporter(stream=io.StringIO()))
     known = known.with_allocation(read_allocation(context.read_json("allocate", "allocation.json")))
     context = Context(config, known, base, artifacts, folder / "out", folder / "work", Reporter(stream=io.StringIO()))
-    weights = {name: module.dequantized() for name, module in l4q_modules(seen[0]).items()}
+    weights = {name: module.dequantized() for name, module in integer_modules(seen[0]).items()}
     return Chain(context, weights, logits(seen[0].eval()))
 
 

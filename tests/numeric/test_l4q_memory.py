@@ -2,10 +2,8 @@
 
 import pytest
 import torch
+from fakequant_samples import LiveStorages
 from quant_samples import generator
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from quant.blockwise import quantize
 from quant.buffers import packed_buffers
@@ -13,33 +11,6 @@ from quant.fakequant import L4QLinear
 from quant.linear import PackedMatrix
 from quant.lowrank import store_factors
 from quant.storage import Choice, PackedShape
-
-
-class LiveStorages(TorchDispatchMode):
-    """Live bytes of storages born under the mode, counted after every operation; views of older ones are
-    free."""
-
-    def __init__(self, existing):
-        super().__init__()
-        self.existing = {t.untyped_storage()._cdata for t in existing}
-        self.born: dict[int, tuple[StorageWeakRef, int]] = {}
-        self.peak = 0
-        self.shapes: set[tuple[int, ...]] = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, torch.Tensor):
-                storage = leaf.untyped_storage()
-                if storage._cdata not in self.existing:
-                    self.born[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
-                self.shapes.add(tuple(leaf.shape))
-        self.peak = max(self.peak, sum(self.live()))
-        return out
-
-    def live(self) -> list[int]:
-        self.born = {k: v for k, v in self.born.items() if not v[0].expired()}
-        return [nbytes for _, nbytes in self.born.values()]
 
 
 def big_layer(dtype=torch.float32, size=256, row_chunk=16, seed=0, packed=False):

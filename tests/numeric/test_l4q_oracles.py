@@ -8,6 +8,7 @@ import itertools
 
 import pytest
 import torch
+from fakequant_samples import surrogate_weight
 from torch.nn import functional as F
 
 from quant import grid
@@ -35,17 +36,6 @@ def problem(bits, group, rank, tokens, *, shrink, rows=6, groups=2, offset="trai
     }
     tensors |= {"scale": scale, "offset": trained if offset == "trained" else None}
     return weight, tensors, draw(tokens, rows)
-
-
-def surrogate_weight(weight, lora_a, lora_b, scale, offset, alpha, bits, residual=None, *, half=False):
-    """W_q by plain autograd: straight-through rounding, mask of the clamp on the unrounded code."""
-    low, high = grid.bounds(bits)
-    grouped = (weight + alpha * lora_b @ lora_a).reshape(*scale.shape, -1)
-    offset = 0.5 * scale if half else offset
-    shift = 0.0 if offset is None else offset.unsqueeze(-1)
-    clamped = ((grouped - shift) / scale.unsqueeze(-1)).clamp(low, high)
-    residual = (clamped.round() - clamped).detach() if residual is None else residual
-    return ((clamped + residual) * scale.unsqueeze(-1) + shift).reshape(weight.shape), residual
 
 
 def gradients(function, tensors, grad_y):
