@@ -1,6 +1,7 @@
 # make demo     compile a real language model, end to end, and show what it cost and lost
 # make test     lint, types and tests
 # make lint     lint and types only
+# make test-triton  the CUDA kernels in Triton's interpreter, in an environment of their own of 1 GB more
 # make bench-X  benchmarks/X.py, ours beside a peer
 # make clean    remove the environment and the caches; run folders stay
 
@@ -16,10 +17,11 @@ JOBS ?= 2
 
 VENV := .venv
 BIN := $(VENV)/bin
+TRITON := .venv-triton
 PIP = $(BIN)/python -m pip install $(addprefix -c ,$(CONSTRAINTS))
 STAMP := $(VENV)/installed
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-triton lint clean
 
 demo: $(STAMP)
 	HF_HUB_OFFLINE=1 $(BIN)/qlora-pipe run examples/smollm2.yaml
@@ -32,6 +34,14 @@ lint: $(STAMP)
 # One thread a process: more threads than cores is what makes torch slow.
 test: lint
 	HF_HUB_OFFLINE=1 TQDM_DISABLE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+
+# Beside the other environment, whose packages it sees.
+test-triton: $(STAMP)
+	$(BIN)/python -m venv $(TRITON)
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > \
+	    "$$($(TRITON)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/beside.pth"
+	$(TRITON)/bin/python -m pip install --no-deps 'triton>=3.4'
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(TRITON)/bin/python -m pytest tests/kernels
 
 bench-%: $(STAMP)
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/$*.py $(ARGS)
@@ -46,5 +56,5 @@ $(STAMP): pyproject.toml constraints.txt requirements-data.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(TRITON) build *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

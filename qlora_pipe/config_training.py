@@ -159,6 +159,9 @@ class Compact(Tuning):
     base: Literal["dense", "int8", "int4"] = Field(
         "dense", description="the frozen weight: in the compute dtype, or packed as places in the cells of the grid"
     )
+    fused: bool = Field(
+        True, description="on CUDA with Triton: what happens to a weight between the products is one kernel, if it fits"
+    )
     warm_start: bool = Field(
         True, description="start from the trained adapter: in the factors, with qa-lora and lsq in what is rounded"
     )

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from quant import grid
+from quant import grid, l4q_rows
 from quant.exceptions import QuantError, ShapeError
 from quant.linear import PackedMatrix, weight_rows
 from quant.lora import fresh_factors
@@ -29,7 +29,7 @@ A step below it would lose precision when written and, at zero or less, would fl
 """
 
 
-_BASE = 10
+_BASE = 11
 """Operands of `L4QFunction` before the frozen weight's tensors."""
 
 
@@ -40,16 +40,11 @@ class _Stored:
     shape: PackedShape | None
     names: tuple[str, ...]
 
-    def rows(self, tensors: Sequence[Tensor], rows: slice, dtype: torch.dtype) -> Tensor:
-        """Rows of W0 in ``dtype``, [rows, in]."""
+    def rows(self, tensors: Sequence[Tensor], rows: slice) -> Tensor:
+        """Rows of W0, [rows, in]."""
         if self.shape is None:
-            return tensors[0][rows].to(dtype)
-        return weight_rows(dict(zip(self.names, tensors, strict=True)), self.shape, rows).to(dtype)
-
-
-def _merge(base: Tensor, lora_a: Tensor, lora_b: Tensor, alpha: float) -> Tensor:
-    """Rows of ``W0 + alpha * B @ A``, [rows, in], from those of W0 and B, in the dtype of W0's."""
-    return torch.addmm(base, lora_b.to(base.dtype), lora_a.to(base.dtype), alpha=alpha)
+            return tensors[0][rows]
+        return weight_rows(dict(zip(self.names, tensors, strict=True)), self.shape, rows)
 
 
 def _stored(weight: Tensor | PackedMatrix) -> tuple[_Stored, tuple[Tensor, ...], tuple[int, int]]:
@@ -90,20 +85,21 @@ class L4QFunction(torch.autograd.Function):
         alpha: float,
         bits: int,
         row_chunk: int | None,
+        fused: bool,
         stored: _Stored,
         *base: Tensor,
     ) -> Tensor:
         ctx.save_for_backward(x, lora_a, lora_b, scale, offset, *base)
         ctx.half, ctx.alpha, ctx.bits, ctx.row_chunk, ctx.stored = half, alpha, bits, row_chunk, stored
+        ctx.fused = fused
         rows_total, columns = len(lora_b), lora_a.shape[1]
         y = x.new_empty(*x.shape[:-1], rows_total)
         flat_x, flat_y = x.reshape(-1, columns), y.view(-1, rows_total)
         with without_autocast(x):
             for rows in row_chunks(rows_total, columns, row_chunk):
-                merged = _merge(stored.rows(base, rows, scale.dtype), lora_a, lora_b[rows], alpha)
-                at = _offset(scale, offset, half, rows)
-                codes = grid.round_codes(grid.normalise(merged, scale[rows], at), bits)
-                w_q = grid.dequantize(codes.view_as(merged), scale[rows], at)
+                frozen, at = stored.rows(base, rows), _offset(scale, offset, half, rows)
+                by = l4q_rows.chosen(frozen, lora_a, scale, fused)
+                w_q = by.rebuild(frozen, lora_a, lora_b[rows], scale[rows], at, alpha, bits)
                 torch.mm(flat_x, w_q.to(x.dtype).t(), out=flat_y[:, rows])
         return y
 
@@ -121,26 +117,19 @@ class L4QFunction(torch.autograd.Function):
         grad_base = torch.empty_like(base[0]) if ctx.needs_input_grad[_BASE] else None
         with without_autocast(x):
             for rows in row_chunks(rows_total, columns, ctx.row_chunk):
-                merged = _merge(ctx.stored.rows(base, rows, dtype), lora_a, lora_b[rows], alpha)
-                at = _offset(scale, offset, ctx.half, rows)
-                real = grid.normalise(merged, scale[rows], at)
-                codes = grid.round_codes(real, bits)
+                grad_w = (flat_grad[:, rows].t() @ flat_x).to(dtype)
+                frozen, at = ctx.stored.rows(base, rows), _offset(scale, offset, ctx.half, rows)
+                by = l4q_rows.chosen(frozen, lora_a, scale, ctx.fused)
+                w_q, grad_merged, grad_scale[rows], grad_at = by.pull_back(
+                    *(grad_w, frozen, lora_a, lora_b[rows], scale[rows], at, alpha, bits), weight=grad_x is not None
+                )
                 if grad_x is not None:
-                    w_q = grid.dequantize(codes.view_as(merged), scale[rows], at)
                     add_product_(grad_x, flat_grad[:, rows], w_q.to(x.dtype))
                     del w_q
-                grad_w = (flat_grad[:, rows].t() @ flat_x).to(dtype).view_as(real)
-                # d W_q / d scale is q - w in range and q (QN or QP) where clipped; d W_q / d offset 0 and 1.
-                residual = codes.sub_(grid.where_in_range(real, real, bits))
-                torch.sum(residual.mul_(grad_w), dim=-1, out=grad_scale[rows])
-                grad_real = grid.where_in_range(grad_w, real, bits)
-                if at is not None:
-                    grad_at = grad_w.sub_(grad_real).sum(-1)
-                    if grad_offset is None:
-                        grad_scale[rows] += 0.5 * grad_at
-                    else:
-                        grad_offset[rows] = grad_at
-                grad_merged = grad_real.view_as(merged)
+                if grad_offset is not None:
+                    grad_offset[rows] = grad_at
+                elif grad_at is not None:
+                    grad_scale[rows] += 0.5 * grad_at
                 torch.mm(grad_merged, lora_a.to(dtype).t(), out=grad_b[rows])
                 grad_a.addmm_(lora_b[rows].to(dtype).t(), grad_merged)
                 if grad_base is not None:
@@ -171,6 +160,7 @@ def l4q_linear(
     half: bool = False,
     bias: Tensor | None = None,
     row_chunk: int | None = None,
+    fused: bool = True,
 ) -> Tensor:
     """Linear map with the fake-quantised sum ``W0 + alpha * B @ A``.
 
@@ -181,6 +171,8 @@ def l4q_linear(
         scale: [out, in // group_size], fp32 or fp64, positive. offset: like scale, or None for a frozen 0.
         half: the offset is half a step, whatever the step, and the step's gradient has its share; excludes ``offset``.
         row_chunk: weight rows rebuilt at once; default about 2**20 weights.
+        fused: on CUDA, with Triton, what happens to a weight between the products is one kernel where that fits
+            (``quant.triton_l4q``); False: plain torch, as on the CPU.
 
     Returns:
         [..., out] in x's dtype (autocast's dtype under autocast).
@@ -188,7 +180,7 @@ def l4q_linear(
     Raises:
         ShapeError: an operand does not fit. QuantError: scale is not fp32 or fp64, or there are two offsets.
 
-    Peak bytes beyond the result: forward 21 x row_chunk x in, backward 31 x row_chunk x in plus an fp32
+    Peak bytes beyond the result: forward 13 x row_chunk x in, backward 26 x row_chunk x in plus an fp32
     gradient of x; with a packed weight its scales in fp32 and its factors in fp64 beside these. FLOPs: 6 x tokens x out
     x in, like full fine-tuning and 1.5 x LoRA.
     """
@@ -208,7 +200,7 @@ def l4q_linear(
         raise QuantError(f"steps train in fp32 (bf16 loses the updates); found scale in {scale.dtype}")
     x = autocast_input(x)
     y: Tensor = L4QFunction.apply(  # type: ignore[no-untyped-call]
-        x, lora_a, lora_b, scale, offset, half, alpha, bits, row_chunk, stored, *base
+        x, lora_a, lora_b, scale, offset, half, alpha, bits, row_chunk, fused, stored, *base
     )
     return y if bias is None else y + bias.to(y.dtype)
 
@@ -233,7 +225,7 @@ class L4QLinear(nn.Module):
         warm_start: ``(A [rank, in], B [out, rank])`` copied into the factors, replacing ``rank`` by theirs.
             Initial steps are then chosen for ``W0 + alpha * B @ A``, the matrix that is quantised at step 0,
             not for W0.
-        row_chunk: see ``l4q_linear``; a fixed value for the life of the layer keeps every rebuild bitwise
+        row_chunk, fused: see ``l4q_linear``; fixed values for the life of the layer keep every rebuild bitwise
             equal.
 
     Raises:
@@ -259,10 +251,12 @@ class L4QLinear(nn.Module):
         steps: tuple[Tensor, Tensor | None] | None = None,
         warm_start: tuple[Tensor, Tensor] | None = None,
         row_chunk: int | None = None,
+        fused: bool = True,
     ) -> None:
         super().__init__()
         stored, base, (self.out_features, self.in_features) = _stored(weight)
         self.bits, self.group_size, self.alpha, self.row_chunk = bits, group_size, alpha, row_chunk
+        self.fused = fused
         self.weight = nn.Parameter(weight.detach(), requires_grad=False) if isinstance(weight, Tensor) else weight
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
         lora_a, lora_b = warm_start or fresh_factors(self.out_features, self.in_features, rank, generator)
@@ -276,8 +270,8 @@ class L4QLinear(nn.Module):
         self.lora_b = nn.Parameter(lora_b.detach().to(base[0].device, torch.float32, copy=True))
         if steps is None:
             with torch.no_grad():
-                whole = stored.rows(base, slice(0, self.out_features), torch.float32)
-                merged = _merge(whole, self.lora_a, self.lora_b, alpha)
+                whole = stored.rows(base, slice(0, self.out_features)).float()
+                merged = torch.addmm(whole, self.lora_b, self.lora_a, alpha=alpha)
             steps = grid.init_grid(merged, bits, group_size, method=init, offset=offset)
         scale, first = steps
         self.half_offset = offset == "half"
@@ -299,6 +293,7 @@ class L4QLinear(nn.Module):
             half=self.half_offset,
             bias=self.bias,
             row_chunk=self.row_chunk,
+            fused=self.fused,
         )
 
     @torch.no_grad()
@@ -313,16 +308,17 @@ class L4QLinear(nn.Module):
         """The integers forward uses now, bit for bit: codes int8 [out, in], scale, and the offset of every group, half
         a step or trained, or None where it is 0 (copies).
 
-        Peak bytes beyond the codes: 15 x row_chunk x in.
+        Peak bytes beyond the codes: 13 x row_chunk x in.
         """
         stored, base, sides = _stored(self.weight)
         codes = torch.empty(sides, dtype=torch.int8, device=self.scale.device)
         with without_autocast(codes):
             for rows in row_chunks(self.out_features, self.in_features, self.row_chunk):
-                frozen = stored.rows(base, rows, self.scale.dtype)
-                merged = _merge(frozen, self.lora_a, self.lora_b[rows], self.alpha)
-                at = _offset(self.scale, self.offset, self.half_offset, rows)
-                codes[rows] = grid.quantize(merged, self.scale[rows], at, self.bits)[0]
+                frozen, at = stored.rows(base, rows), _offset(self.scale, self.offset, self.half_offset, rows)
+                by = l4q_rows.chosen(frozen, self.lora_a, self.scale, self.fused)
+                codes[rows] = by.codes(
+                    frozen, self.lora_a, self.lora_b[rows], self.scale[rows], at, self.alpha, self.bits
+                )
         offset = _offset(self.scale, self.offset, self.half_offset, slice(0, self.out_features))
         return codes, self.scale.detach().clone(), None if offset is None else offset.detach().clone()
 

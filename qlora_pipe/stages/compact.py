@@ -111,6 +111,7 @@ def _maker(context: Context) -> Make:
                 offset=kind,
                 steps=steps,
                 warm_start=factors,
+                fused=settings.fused,
             )
         rounded = FakeQuantLinear(base, bias, bits=bits, group_size=size, steps=steps, offset=kind)
         if not beside:
