@@ -223,6 +223,15 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _original_weights_have_no_zeros(self) -> "Config":
+        if self.train.base == "original" and self.prune.sparsity.enabled:
+            raise ValueError(
+                "train.base: original trains on weights of which prune.sparsity takes nothing away: set train.base to "
+                "packed, or prune.sparsity.pattern to none"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _feedback_has_covariances(self) -> "Config":
         if self.compact.enabled and self.compact.init == "feedback" and not self.calibrate.covariance:
             raise ValueError(

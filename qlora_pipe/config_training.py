@@ -97,6 +97,12 @@ class Tuning(Adapter):
 class Train(Tuning):
     """Slot T: additive LoRA on the sliced Q + L1 L2, and on slot C if there is one."""
 
+    base: Literal["packed", "original"] = Field(
+        "packed",
+        description="what the adapter is trained on; original: the small model's original weights, dense in the "
+        "compute dtype: plain LoRA, in more memory",
+    )
+
 
 class Compact(Tuning):
     """L4Q, or a method it is measured beside, on the pruned original weights: what was trained is the integer model

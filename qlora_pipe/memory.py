@@ -93,7 +93,8 @@ def _work(stage: str, known: Known) -> _Work:
         return _Work(max(asking, targets + packed + _TRAINED_COPIES * compensation + batch), stream)
     if stage == "train":
         batch = _batch(known, small, config.train.rank, config.train)
-        return _Work(packed + compensation + _TRAINED_COPIES * adapter + batch, stream)
+        under = _dense(known, small) if config.train.base == "original" else packed + compensation
+        return _Work(under + _TRAINED_COPIES * adapter + batch, stream)
     if stage == "compact" and config.compact.enabled:
         batch = _batch(known, small, known.compact_rank(), config.compact)
         feedback = any(config.compact_init(bits) == "feedback" for bits in known.integer_bits.values())

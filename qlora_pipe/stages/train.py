@@ -1,4 +1,4 @@
-"""train: slot T, additive LoRA on the sliced Q + L1 L2 and slot C, on the packed base."""
+"""train: slot T, additive LoRA on the sliced Q + L1 L2 and slot C, on the packed base; or on the original weights."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -16,17 +16,18 @@ from qlora_pipe.hf.sequences import Row
 from qlora_pipe.hf.tokens import load_tokenizer, rows
 from qlora_pipe.hf.training import SummedLoss, Watch, train
 from qlora_pipe.stages.base import Context, Stage, alike, computing
-from qlora_pipe.stages.models import aligned_model, packed_modules
+from qlora_pipe.stages.models import adaptable_modules, task_model
 from qlora_pipe.stages.packing import write_factors
+from quant.baselines import LoRALinear
 from quant.linear import PackedLinear
 
 
 def run(context: Context) -> None:
-    """Peak bytes: the packed small model, the adapter with its optimiser state, activations of one batch."""
+    """Peak bytes: the small model, packed or dense, the adapter with its optimiser state, activations of one batch."""
     settings = context.config.train
     fit_adapter(
         context,
-        aligned_model(context, dense=False),
+        task_model(context, dense=False),
         task_rows(context, settings),
         settings,
     )
@@ -40,10 +41,10 @@ def fit_adapter(
     loss: SummedLoss = summed_loss,
     start: Callable[[str], tuple[Tensor, Tensor]] | None = None,
 ) -> None:
-    """Train an adapter of every packed map of the small model on these rows; write its factors, and the log of the
+    """Train an adapter of every linear map of the small model on these rows; write its factors, and the log of the
     steps. `start` gives the factors A and B of the map of that name; without it A is random and B zero."""
     generator = torch.Generator().manual_seed(context.config.seed)
-    modules = packed_modules(model)
+    modules = adaptable_modules(model)
     for name, module in modules.items():
         module.attach_adapter(settings.rank, settings.alpha, generator)
         if start is not None:
@@ -54,8 +55,10 @@ def fit_adapter(
     context.write_json("history.json", log)
 
 
-def write_adapter(context: Context, modules: Mapping[str, PackedLinear], architecture: Architecture, rank: int) -> None:
-    """The factors of the adapters that are attached to packed maps."""
+def write_adapter(
+    context: Context, modules: Mapping[str, PackedLinear | LoRALinear], architecture: Architecture, rank: int
+) -> None:
+    """The factors of the adapters that are attached to linear maps."""
     with context.writer(layouts.adapter(architecture, rank), stem="adapter") as writer:
         for name, module in modules.items():
             assert module.task_a is not None
@@ -119,8 +122,8 @@ def strength(context: Context) -> float:
 
 STAGE = Stage(
     "train",
-    2,
-    ("source", "allocate", "prune", "align"),
+    3,
+    ("source", "allocate", "select", "prune", "align"),
     lambda config: computing(config) | config.train.model_dump(mode="json", exclude={"save_steps"}),
     run,
     lambda config: {"task": config.data.task},
