@@ -92,7 +92,10 @@ def _work(stage: str, known: Known) -> _Work:
         batch = _batch(known, small, config.align.rank, config.align)
         return _Work(max(asking, targets + packed + _TRAINED_COPIES * compensation + batch), stream)
     if stage == "train":
-        batch = _batch(known, small, config.train.rank, config.train)
+        rank = config.train.rank
+        if config.train.low_rank == "trained":
+            rank, adapter = max(choice.rank for choice in known.allocation.values()), adapter // 2
+        batch = _batch(known, small, rank, config.train)
         under = _dense(known, small) if config.train.base == "original" else packed + compensation
         return _Work(under + _TRAINED_COPIES * adapter + batch, stream)
     if stage == "compact" and config.compact.enabled:

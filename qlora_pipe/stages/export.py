@@ -39,10 +39,10 @@ def run(context: Context) -> None:
         (context.out / "peft").mkdir()
         write_peft(
             context.out / "peft",
-            layouts.peft_adapter(known.architecture, config.train.rank),
+            layouts.peft_adapter(known.architecture, known.task_rank()),
             context.reader("recover", "adapter").read,
             base=base_name(config.model, Path(str(config.run))),
-            rank=config.train.rank,
+            rank=known.task_rank(),
             strength=strength(context),
             scale=scale,
         )

@@ -16,7 +16,7 @@ from qlora_pipe.hf.sequences import Row
 from qlora_pipe.hf.tokens import load_tokenizer, rows
 from qlora_pipe.hf.training import SummedLoss, Watch, train
 from qlora_pipe.stages.base import Context, Stage, alike, computing
-from qlora_pipe.stages.models import adaptable_modules, task_model
+from qlora_pipe.stages.models import adaptable_modules, packed_map, packed_modules, task_model
 from qlora_pipe.stages.packing import write_factors
 from quant.baselines import LoRALinear
 from quant.linear import PackedLinear
@@ -25,12 +25,27 @@ from quant.linear import PackedLinear
 def run(context: Context) -> None:
     """Peak bytes: the small model, packed or dense, the adapter with its optimiser state, activations of one batch."""
     settings = context.config.train
-    fit_adapter(
-        context,
-        task_model(context, dense=False),
-        task_rows(context, settings),
-        settings,
-    )
+    model, chosen = task_model(context, dense=False), task_rows(context, settings)
+    if settings.low_rank == "trained":
+        _fit_in_place(context, model, chosen)
+    else:
+        fit_adapter(context, model, chosen, settings)
+
+
+def _fit_in_place(context: Context, model: Model, chosen: Sequence[Row]) -> None:
+    """Train L1 L2 itself, from where it is; write what it moved by, L1' L2' - L1 L2, as factors of twice the rank."""
+    modules, reader = packed_modules(model), context.reader("prune")
+    for module in modules.values():
+        module.train_factors()
+    log = fit(context, model, chosen, context.config.train)
+    with context.writer(context.known.adapter(), stem="adapter") as writer:
+        for layer, role, name in context.known.small.linears():
+            left, right = packed_map(context, reader, "prune", layer, role).factors()
+            task_a, task_b = modules[name].task_a, modules[name].task_b
+            assert task_a is not None
+            assert task_b is not None
+            write_factors(writer, name, torch.cat([task_a.cpu(), right]), torch.cat([task_b.cpu(), -left], dim=1))
+    context.write_json("history.json", log)
 
 
 def fit_adapter(
@@ -116,7 +131,9 @@ def training_rows(context: Context, dataset: Dataset, settings: Optimisation, *,
 
 
 def strength(context: Context) -> float:
-    """alpha / rank of the trained adapter."""
+    """alpha / rank of the trained adapter; a low-rank part trained in place has its scale in it."""
+    if context.config.train.low_rank == "trained":
+        return 1.0
     return context.config.train.alpha / context.config.train.rank
 
 
