@@ -223,6 +223,31 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _original_weights_have_no_zeros(self) -> "Config":
+        if self.train.base == "original" and self.prune.sparsity.enabled:
+            raise ValueError(
+                "train.base: original trains on weights of which prune.sparsity takes nothing away: set train.base to "
+                "packed, or prune.sparsity.pattern to none"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _trained_low_rank_parts_are_there(self) -> "Config":
+        if self.train.low_rank == "frozen":
+            return self
+        if 0 in self.decompose.ranks:
+            raise ValueError(
+                "train.low_rank: trained needs a low-rank part in every matrix: leave 0 out of decompose.ranks, or set "
+                "train.low_rank to frozen"
+            )
+        if self.compact.enabled and self.compact.warm_start:
+            raise ValueError(
+                "compact.warm_start goes on from a new adapter, and train.low_rank: trained makes none: set "
+                "compact.warm_start to false, or train.low_rank to frozen"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _feedback_has_covariances(self) -> "Config":
         if self.compact.enabled and self.compact.init == "feedback" and not self.calibrate.covariance:
             raise ValueError(

@@ -125,6 +125,26 @@ class Tuning(Taught):
 class Train(Tuning):
     """Slot T: additive LoRA on the sliced Q + L1 L2, and on slot C if there is one."""
 
+    base: Literal["packed", "original"] = Field(
+        "packed",
+        description="what the adapter is trained on; original: the small model's original weights, dense in the "
+        "compute dtype: plain LoRA, in more memory",
+    )
+    low_rank: Literal["frozen", "trained"] = Field(
+        "frozen",
+        description="L1 L2; trained: it takes the place of a new adapter, as in LQ-LoRA and LoftQ, and what is put "
+        "back on the full model is what it moved by, of twice its rank; rank and alpha then say nothing",
+    )
+
+    @model_validator(mode="after")
+    def _original_weights_have_no_low_rank_part(self) -> "Train":
+        if self.base == "original" and self.low_rank == "trained":
+            raise ValueError(
+                "base: original has no low-rank part that low_rank: trained could train: set base to packed, or "
+                "low_rank to frozen"
+            )
+        return self
+
 
 class Compact(Tuning):
     """L4Q, or a method it is measured beside, on the pruned original weights: what was trained is the integer model

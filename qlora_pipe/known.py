@@ -130,10 +130,16 @@ class Known:
         return layouts.adapter(self.small, self.config.align.rank)
 
     def adapter(self) -> layouts.Tensors:
-        return layouts.adapter(self.small, self.config.train.rank)
+        return layouts.adapter(self.small, self.task_rank())
 
     def full_adapter(self) -> layouts.Tensors:
-        return layouts.adapter(self.architecture, self.config.train.rank)
+        return layouts.adapter(self.architecture, self.task_rank())
+
+    def task_rank(self) -> layouts.Rank:
+        """Of slot T. What a low-rank part trained in place has moved by is a product of twice its rank."""
+        if self.config.train.low_rank == "frozen":
+            return self.config.train.rank
+        return {name: 2 * choice.rank for name, choice in self.allocation.items()}
 
     def full_compact_adapter(self) -> layouts.Tensors:
         return layouts.adapter(self.architecture, self.compact_rank())
@@ -172,7 +178,7 @@ class Known:
             return {"adapter": self.full_adapter()} | compact
         if stage == "export":
             wanted = {
-                PEFT_ADAPTER: config.export.peft and layouts.peft_adapter(self.architecture, config.train.rank),
+                PEFT_ADAPTER: config.export.peft and layouts.peft_adapter(self.architecture, self.task_rank()),
                 "merged/model": config.export.merged and layouts.dense(self.architecture, config.export.dtype),
                 "small/model": config.export.small and layouts.dense(self.small, config.export.dtype),
             }

@@ -106,17 +106,22 @@ def others(architecture: Architecture, dtypes: Mapping[str, str]) -> Tensors:
     return {name: TensorSpec(dtypes.get(name, "F32"), shape) for name, shape in architecture.others().items()}
 
 
-def adapter(architecture: Architecture, rank: int) -> Tensors:
+Rank = int | Mapping[str, int]
+"""Of an adapter's factors: the same everywhere, or by linear map."""
+
+
+def adapter(architecture: Architecture, rank: Rank) -> Tensors:
     """LoRA factors of every linear map: A [rank, in] and B [out, rank]."""
     found: Tensors = {}
     for layer, role, name in architecture.linears():
         rows, columns = shape_of(role, architecture.layers[layer])
-        found[f"{name}.lora_A.weight"] = TensorSpec("F32", (rank, columns))
-        found[f"{name}.lora_B.weight"] = TensorSpec("F32", (rows, rank))
+        size = rank if isinstance(rank, int) else rank[name]
+        found[f"{name}.lora_A.weight"] = TensorSpec("F32", (size, columns))
+        found[f"{name}.lora_B.weight"] = TensorSpec("F32", (rows, size))
     return found
 
 
-def peft_adapter(architecture: Architecture, rank: int) -> Tensors:
+def peft_adapter(architecture: Architecture, rank: Rank) -> Tensors:
     """The same under the names PEFT gives them."""
     return {f"base_model.model.{name}": spec for name, spec in adapter(architecture, rank).items()}
 

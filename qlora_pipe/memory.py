@@ -92,9 +92,13 @@ def _work(stage: str, known: Known) -> _Work:
         batch = _batch(known, small, config.align.rank, config.align)
         return _Work(max(asking, targets + packed + _TRAINED_COPIES * compensation + batch), stream)
     if stage == "train":
+        rank = config.train.rank
+        if config.train.low_rank == "trained":
+            rank, adapter = max(choice.rank for choice in known.allocation.values()), adapter // 2
         asking, targets = _teaching(known, config.train)
-        batch = _batch(known, small, config.train.rank, config.train)
-        return _Work(max(asking, targets + packed + compensation + _TRAINED_COPIES * adapter + batch), stream)
+        under = _dense(known, small) if config.train.base == "original" else packed + compensation
+        training = under + _TRAINED_COPIES * adapter + _batch(known, small, rank, config.train)
+        return _Work(max(asking, targets + training), stream)
     if stage == "compact" and config.compact.enabled:
         batch = _batch(known, small, known.compact_rank(), config.compact)
         feedback = any(config.compact_init(bits) == "feedback" for bits in known.integer_bits.values())

@@ -12,7 +12,10 @@ def read_by(stage: str, config: Config, full_packed: str) -> tuple[str, ...]:
     grid = compact if config.compact.method == "l4q" else ()
     deployed = (full_packed,) if config.recover.base == "decomposed" else ()
     small = ("prune", "align") if config.compensates else ("prune",)
-    trained = compact or (*small, "train")
+    # The biases that pruning left are the packed model's.
+    original_small = ("source", *(small if config.prune.leaves_bias else small[1:]))
+    under = small if config.train.base == "packed" else original_small
+    trained = compact or (*under, "train")
     moments = () if config.prune.method in ("lora", "magnitude", "random") else ("calibrate",)
     means = ("calibrate",) if config.prune.leaves_bias else ()
     original = ("source",) if sparse else ()
@@ -27,8 +30,8 @@ def read_by(stage: str, config: Config, full_packed: str) -> tuple[str, ...]:
         "select": (full_packed, *(moments or (means if config.prune.measures else ())), *original),
         "prune": (full_packed, *(("source", "calibrate", "select") if sparse else means)),
         "align": (*guided, *aligning),
-        "train": (*small, *(("source",) if config.train.asks else ())),
-        "compact": ("source", *first, *(small if config.prune.leaves_bias else small[1:]), "train") if compact else (),
+        "train": (*under, *(("source",) if config.train.asks and "source" not in under else ())),
+        "compact": (*original_small, *first, "train") if compact else (),
         "recover": ("source", *(first if grid else ()), *small, "train", *grid, *deployed),
         "export": ("source", "recover", *trained, *deployed),
         "evaluate": ("source", full_packed, *small, "train", *compact, "recover"),

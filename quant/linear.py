@@ -215,6 +215,24 @@ class PackedLinear(PackedMatrix):
         self.task_a, self.task_b = nn.Parameter(task_a.to(device)), nn.Parameter(task_b.to(device))
         self.task_scale = alpha / rank
 
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """The low-rank part, fp32 left [out, rank] and right [rank, in], a component's scale in the left one."""
+        left, right = _exact_factors(self.frozen())
+        return left.float(), right.float()
+
+    def train_factors(self) -> None:
+        """Make the low-rank part the adapter, fp32 ``task_a`` [rank, in] and ``task_b`` [out, rank] with scale 1: what
+        is frozen is Q alone from now on. Raises QuantError where an adapter is attached already."""
+        if self.task_a is not None:
+            raise QuantError("an adapter is already attached to this layer")
+        left, right = self.factors()
+        self.shape = replace(self.shape, choice=replace(self.shape.choice, rank=0))
+        self._spec = {name: (torch_dtype(dtype), size) for name, (dtype, size) in self.shape.buffers().items()}
+        for name, (dtype, size) in self._spec.items():
+            if name.startswith("lowrank_"):
+                self.register_buffer(name, torch.zeros(size, dtype=dtype, device=left.device))
+        self.task_a, self.task_b, self.task_scale = nn.Parameter(right), nn.Parameter(left), 1.0
+
     def narrow(self, rows: Tensor) -> None:
         """From now on compute as the map that keeps these rows of the stored matrix (int64, ascending): outputs, or
         inputs if it is transposed. Buffers and adapter stay whole; what is left out of the adapter gets no gradient.

@@ -20,6 +20,7 @@ from qlora_pipe.stages.models import (
     base_model,
     decomposed_model,
     pruned_model,
+    task_model,
     with_adapter,
 )
 from qlora_pipe.stages.recover import heldout_rows
@@ -82,7 +83,7 @@ def _models(context: Context) -> Iterator[tuple[str, Model]]:
     if context.config.compensates:
         yield "aligned", aligned_model(context)
     small = context.reader("train", "adapter")
-    yield "trained-small", aligned_model(context, with_adapter(small.read, strength(context), context.dtype))
+    yield "trained-small", task_model(context, with_adapter(small.read, strength(context), context.dtype))
     if context.config.compact.enabled:
         yield "compact", compact_model(context)
     full = context.reader("recover", "adapter")
@@ -109,12 +110,16 @@ def _sizes(context: Context) -> dict[str, dict[str, Any]]:
     decomposed, pruned = sum(known.files(known.full_packed).values()), sum(known.files("prune").values())
     aligned, slot = known.files("align"), layouts.tensor_bytes(known.outputs("align").get("adapter", {}))
     extra_small = layouts.tensor_bytes(known.adapter()) + slot
+    trained_on, trained_files = known.pruned(), pruned + sum((*aligned.values(), *adapter.values()))
+    if context.config.train.base == "original":
+        trained_on = layouts.dense(known.small, context.config.dtype)
+        trained_files += sum(folder_files(trained_on).values()) - pruned
     extra_full = layouts.tensor_bytes(known.full_adapter())
     found = {
         "base": size(base, base_file, full),
         "decomposed": size(known.decomposed(), decomposed, full),
         "pruned": size(known.pruned(), pruned, small),
-        "trained-small": size(known.pruned(), pruned + sum((*aligned.values(), *adapter.values())), small, extra_small),
+        "trained-small": size(trained_on, trained_files, small, extra_small),
     }
     if aligned:
         found["aligned"] = size(known.pruned(), pruned + sum(aligned.values()), small, slot)
@@ -130,7 +135,7 @@ def _sizes(context: Context) -> dict[str, dict[str, Any]]:
 STAGE = Stage(
     "evaluate",
     3,
-    ("source", "allocate", "decompose", "refine", "prune", "align", "train", "compact", "recover"),
+    ("source", "allocate", "decompose", "refine", "select", "prune", "align", "train", "compact", "recover"),
     lambda config: (
         computing(config)
         | config.evaluate.model_dump(mode="json")

@@ -14,7 +14,7 @@ from qlora_pipe.exporters.peft import write_peft
 from qlora_pipe.sources import base_name, read_config
 from qlora_pipe.stages.base import Context, Stage
 from qlora_pipe.stages.compact import compact_strength
-from qlora_pipe.stages.models import integer_weight
+from qlora_pipe.stages.models import compensated_weight, integer_weight, sliced_base_weight
 from qlora_pipe.stages.packing import read_factors, read_packed, small_settings
 from qlora_pipe.stages.train import strength
 
@@ -39,10 +39,10 @@ def run(context: Context) -> None:
         (context.out / "peft").mkdir()
         write_peft(
             context.out / "peft",
-            layouts.peft_adapter(known.architecture, config.train.rank),
+            layouts.peft_adapter(known.architecture, known.task_rank()),
             context.reader("recover", "adapter").read,
             base=base_name(config.model, Path(str(config.run))),
-            rank=config.train.rank,
+            rank=known.task_rank(),
             strength=strength(context),
             scale=scale,
         )
@@ -55,7 +55,8 @@ def run(context: Context) -> None:
         _dense(context, "small", read, small_settings(context, {}))
         slots = "adapters" if config.compensates else "adapter"
         quantised = "sparse Q" if config.prune.sparsity.enabled else "Q"
-        trained = _COMPACT[config.compact.method] if config.compact.enabled else f"{quantised} + L1 L2 + {slots}"
+        base = "original weights" if config.train.base == "original" else f"{quantised} + L1 L2"
+        trained = _COMPACT[config.compact.method] if config.compact.enabled else f"{base} + {slots}"
         exported["small"] = {"weights": trained, "dtype": config.export.dtype}
     context.write_json("export.json", exported)
 
@@ -124,11 +125,28 @@ def _integers(context: Context) -> Read:
     return _adapted(read, context.known.small, context.reader("compact", "adapter"), compact_strength(context))
 
 
+def _sliced(context: Context) -> Read:
+    """The small model's original weights, slot C merged, as the task's adapter was trained on them."""
+    places = {name: (layer, role) for layer, role, name in context.known.small.linears()}
+
+    def read(tensor: str) -> Tensor:
+        name, _, kind = tensor.rpartition(".")
+        if name not in places:
+            return context.base_reader.read_float(tensor)
+        weight, bias = sliced_base_weight(context, *places[name], name)
+        found = compensated_weight(context, name, weight) if kind == "weight" else bias
+        assert found is not None
+        return found.float()
+
+    return read
+
+
 def _small(context: Context) -> Read:
     """The pruned model with its adapters merged."""
     small, align = context.known.small, context.config.align
-    dense = _dequantised(context, "prune", small)
-    if context.config.compensates:
+    original = context.config.train.base == "original"
+    dense = _sliced(context) if original else _dequantised(context, "prune", small)
+    if context.config.compensates and not original:
         dense = _adapted(dense, small, context.reader("align", "adapter"), align.alpha / align.rank)
     return _adapted(dense, small, context.reader("train", "adapter"), strength(context))
 
@@ -136,7 +154,7 @@ def _small(context: Context) -> Read:
 STAGE = Stage(
     "export",
     4,
-    ("source", "allocate", "decompose", "refine", "prune", "align", "train", "compact", "recover"),
+    ("source", "allocate", "decompose", "refine", "select", "prune", "align", "train", "compact", "recover"),
     lambda config: (
         config.export.model_dump(mode="json")
         | {"compact": config.compact.enabled, "base": config.recover.base, "alpha": config.train.alpha}

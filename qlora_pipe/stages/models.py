@@ -15,7 +15,7 @@ from qlora_pipe.hf.layers import LayerStream
 from qlora_pipe.hf.model import AdaptedLinear, LinearOf, Model, TensorOf, build, dense_linear, load_config
 from qlora_pipe.stages.base import Context
 from qlora_pipe.stages.packing import read_buffers, read_factors, read_packed, read_table
-from quant.baselines import QALoRALinear
+from quant.baselines import LoRALinear, QALoRALinear
 from quant.fakequant import L4QLinear
 from quant.grid import dequantize, offset_of, to_signed
 from quant.linear import PackedLinear
@@ -77,6 +77,26 @@ def aligned_model(context: Context, wrap: Wrap | None = None, *, dense: bool = T
     if not context.config.compensates:
         return pruned_model(context, wrap, dense=dense)
     return _from_packed(context, "prune", context.known.small, wrap, dense=dense, slot=partial(compensation, context))
+
+
+def task_model(context: Context, wrap: Wrap | None = None, *, dense: bool = True) -> Model:
+    """What the task's adapter is trained on, slot C included: Q + L1 L2, packed or made dense, or the original weights.
+    Not `dense`, it takes an adapter. Peak bytes: the small model, dense or packed."""
+    if context.config.train.base == "packed":
+        return aligned_model(context, wrap, dense=dense)
+
+    def make(name: str, weight: Tensor, bias: Tensor | None) -> nn.Module:
+        linear = dense_linear(compensated_weight(context, name, weight), bias)
+        return linear if dense else LoRALinear(linear)
+
+    return sliced_base_model(context, make, wrap)
+
+
+def compensated_weight(context: Context, name: str, weight: Tensor) -> Tensor:
+    """A weight of the small model and slot C, if it was trained, in the weight's dtype."""
+    if not context.config.compensates:
+        return weight
+    return merged_weight(weight, *compensation(context, name), 1.0).to(weight.dtype)
 
 
 def compensation(context: Context, name: str) -> tuple[Tensor, Tensor]:
@@ -158,6 +178,12 @@ def integer_modules(model: Model) -> dict[str, L4QLinear | QALoRALinear]:
         for name, module in model.named_modules()
         if isinstance(module, L4QLinear | QALoRALinear)
     }
+
+
+def adaptable_modules(model: Model) -> dict[str, PackedLinear | LoRALinear]:
+    """Name to module of every linear map of the blocks that an adapter can be attached to."""
+    plain = {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+    return {**packed_modules(model), **plain}
 
 
 def packed_modules(model: Model) -> dict[str, PackedLinear]:

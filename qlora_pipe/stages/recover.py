@@ -15,13 +15,12 @@ from qlora_pipe.hf.tokens import load_tokenizer, rows
 from qlora_pipe.stages.base import Context, Stage, computing
 from qlora_pipe.stages.compact import compact_settings, compact_strength, first_integers
 from qlora_pipe.stages.models import (
-    aligned_model,
     base_model,
-    compensation,
+    compensated_weight,
     decomposed_model,
     integer_model,
-    merged_weight,
     sliced_base_model,
+    task_model,
     with_adapter,
 )
 from qlora_pipe.stages.packing import read_factors, write_factors
@@ -91,7 +90,7 @@ def _loss_by_scale(context: Context, chosen: list[Row]) -> dict[float, float]:
 
 def _small_losses(context: Context, chosen: list[Row]) -> tuple[float, float]:
     """Held-out loss of the small model, slot C included, without and with its adapter."""
-    model = aligned_model(context, with_adapter(context.reader("train", "adapter").read, 0.0, context.dtype))
+    model = task_model(context, with_adapter(context.reader("train", "adapter").read, 0.0, context.dtype))
     without = score(model, chosen).loss
     set_strength(model, strength(context))
     return without, score(model, chosen).loss
@@ -105,8 +104,8 @@ def _unquantise_gap(context: Context, chosen: list[Row]) -> dict[str, float | No
     wrap = with_adapter(context.reader("compact", "adapter").read, compact_strength(context), context.dtype)
 
     def nearest(name: str, weight: Tensor, bias: Tensor | None) -> nn.Module:
-        if config.compensates and settings.warm_start:
-            weight = merged_weight(weight, *compensation(context, name), 1.0).to(weight.dtype)
+        if settings.warm_start:
+            weight = compensated_weight(context, name, weight)
         codes, step, trained = first(name, weight.float())
         offset = offset_of(settings.offset_at(context.known.integer_bits[name]), step, trained)
         return dense_linear(dequantize(codes, step, offset).to(weight.dtype), bias)

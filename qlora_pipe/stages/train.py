@@ -1,4 +1,4 @@
-"""train: slot T, additive LoRA on the sliced Q + L1 L2 and slot C, on the packed base."""
+"""train: slot T, additive LoRA on the sliced Q + L1 L2 and slot C, on the packed base; or on the original weights."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -18,18 +18,39 @@ from qlora_pipe.hf.sequences import Row
 from qlora_pipe.hf.tokens import load_tokenizer, rows
 from qlora_pipe.hf.training import SummedLoss, Watch, train
 from qlora_pipe.stages.base import Context, Stage, alike, computing
-from qlora_pipe.stages.models import aligned_model, base_layers, packed_modules
+from qlora_pipe.stages.models import adaptable_modules, base_layers, packed_map, packed_modules, task_model
 from qlora_pipe.stages.packing import write_factors
+from quant.baselines import LoRALinear
 from quant.linear import PackedLinear
 
 
 def run(context: Context) -> None:
-    """Peak bytes: the packed small model, the adapter with its optimiser state, activations of one batch, and what
-    `objective` takes."""
+    """Peak bytes: the small model, packed or dense, the adapter with its optimiser state, activations of one batch, and
+    what `objective` takes."""
     settings = context.config.train
     chosen = task_rows(context, settings)
     loss = objective(context, chosen, settings)
-    fit_adapter(context, aligned_model(context, dense=False), chosen, settings, loss)
+    model = task_model(context, dense=False)
+    if settings.low_rank == "trained":
+        _fit_in_place(context, model, chosen, loss)
+    else:
+        fit_adapter(context, model, chosen, settings, loss)
+
+
+def _fit_in_place(context: Context, model: Model, chosen: Sequence[Row], loss: SummedLoss) -> None:
+    """Train L1 L2 itself, from where it is; write what it moved by, L1' L2' - L1 L2, as factors of twice the rank."""
+    modules, reader = packed_modules(model), context.reader("prune")
+    for module in modules.values():
+        module.train_factors()
+    log = fit(context, model, chosen, context.config.train, loss=loss)
+    with context.writer(context.known.adapter(), stem="adapter") as writer:
+        for layer, role, name in context.known.small.linears():
+            left, right = packed_map(context, reader, "prune", layer, role).factors()
+            task_a, task_b = modules[name].task_a, modules[name].task_b
+            assert task_a is not None
+            assert task_b is not None
+            write_factors(writer, name, torch.cat([task_a.cpu(), right]), torch.cat([task_b.cpu(), -left], dim=1))
+    context.write_json("history.json", log)
 
 
 def fit_adapter(
@@ -40,10 +61,10 @@ def fit_adapter(
     loss: SummedLoss = summed_loss,
     start: Callable[[str], tuple[Tensor, Tensor]] | None = None,
 ) -> None:
-    """Train an adapter of every packed map of the small model on these rows; write its factors, and the log of the
+    """Train an adapter of every linear map of the small model on these rows; write its factors, and the log of the
     steps. `start` gives the factors A and B of the map of that name; without it A is random and B zero."""
     generator = torch.Generator().manual_seed(context.config.seed)
-    modules = packed_modules(model)
+    modules = adaptable_modules(model)
     for name, module in modules.items():
         module.attach_adapter(settings.rank, settings.alpha, generator)
         if start is not None:
@@ -54,8 +75,10 @@ def fit_adapter(
     context.write_json("history.json", log)
 
 
-def write_adapter(context: Context, modules: Mapping[str, PackedLinear], architecture: Architecture, rank: int) -> None:
-    """The factors of the adapters that are attached to packed maps."""
+def write_adapter(
+    context: Context, modules: Mapping[str, PackedLinear | LoRALinear], architecture: Architecture, rank: int
+) -> None:
+    """The factors of the adapters that are attached to linear maps."""
     with context.writer(layouts.adapter(architecture, rank), stem="adapter") as writer:
         for name, module in modules.items():
             assert module.task_a is not None
@@ -126,14 +149,16 @@ def training_rows(context: Context, dataset: Dataset, settings: Optimisation, *,
 
 
 def strength(context: Context) -> float:
-    """alpha / rank of the trained adapter."""
+    """alpha / rank of the trained adapter; a low-rank part trained in place has its scale in it."""
+    if context.config.train.low_rank == "trained":
+        return 1.0
     return context.config.train.alpha / context.config.train.rank
 
 
 STAGE = Stage(
     "train",
     3,
-    ("source", "allocate", "prune", "align"),
+    ("source", "allocate", "select", "prune", "align"),
     lambda config: computing(config) | config.train.decisive(),
     run,
     lambda config: {"task": config.data.task},

@@ -6,11 +6,11 @@ import pytest
 
 from qlora_pipe.config_file import load
 
-EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.yaml"))
+EXAMPLES = sorted((Path(__file__).parents[2] / "examples").rglob("*.yaml"))
 
 
-def test_the_demo_is_there() -> None:
-    assert "smollm2.yaml" in {path.name for path in EXAMPLES}
+def test_the_demo_and_the_baselines_are_there() -> None:
+    assert {"smollm2.yaml", "ours.yaml", "lora.yaml", "lsq.yaml"} <= {path.name for path in EXAMPLES}
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)

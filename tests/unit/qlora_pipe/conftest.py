@@ -34,7 +34,7 @@ INPUTS = {
     "select": ("source", "calibrate", "allocate", "decompose", "refine"),
     "prune": ("source", "calibrate", "allocate", "decompose", "refine", "select"),
     "align": ("source", "allocate", "select", "prune"),
-    "train": ("source", "allocate", "prune", "align"),
+    "train": ("source", "allocate", "select", "prune", "align"),
     "compact": ("source", "calibrate", "select", "prune", "align", "train"),
     "recover": (
         "source",
@@ -48,8 +48,19 @@ INPUTS = {
         "train",
         "compact",
     ),
-    "export": ("source", "allocate", "decompose", "refine", "prune", "align", "train", "compact", "recover"),
-    "evaluate": ("source", "allocate", "decompose", "refine", "prune", "align", "train", "compact", "recover"),
+    "export": ("source", "allocate", "decompose", "refine", "select", "prune", "align", "train", "compact", "recover"),
+    "evaluate": (
+        "source",
+        "allocate",
+        "decompose",
+        "refine",
+        "select",
+        "prune",
+        "align",
+        "train",
+        "compact",
+        "recover",
+    ),
 }
 PERPLEXITY = {
     "base": 21.4,

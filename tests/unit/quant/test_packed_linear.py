@@ -232,3 +232,27 @@ def test_bad_requests_are_named():
         PackedLinear(PackedShape(IN, OUT, Choice("nf", 4, 48, 2), transposed=False))
     with pytest.raises(ShapeError, match=r"input must be \[..., 64\]"):
         filled(CHOICES[0], False)(torch.ones(2, OUT))
+
+
+@pytest.mark.parametrize("choice", [CHOICES[2], CHOICES[5]], ids=lambda choice: choice.name)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_low_rank_part_trained_in_place_is_the_map_and_gets_the_gradients_of_plain_autograd(transposed, choice):
+    module, plain = filled(choice, transposed, bias=True), filled(choice, transposed, bias=True)
+    left, right = (factor.double().requires_grad_() for factor in plain.factors())
+    module.train_factors()
+    assert {name for name, p in module.named_parameters() if p.requires_grad} == {"task_a", "task_b"}
+    x = draw(3, IN)
+    given = x.double().requires_grad_()
+    weight = plain.dequantized(include_lowrank=False).double() + left @ right
+    expected = F.linear(given, weight, plain.bias.double())
+    x.requires_grad_()
+    found = module(x)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
+    weights = draw(*found.shape)
+    ours = torch.autograd.grad(found, [x, module.task_a, module.task_b], weights)
+    theirs = torch.autograd.grad(expected, [given, right, left], weights.double())
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-4)
+    assert torch.equal(module.dequantized(), plain.dequantized(include_lowrank=False))
+    with pytest.raises(QuantError, match="already attached"):
+        module.train_factors()
