@@ -32,15 +32,21 @@ class Optimisation(Section):
         return self.model_dump(mode="json", exclude={"save_steps"})
 
 
-class Refine(Optimisation):
+class Blocks(Optimisation):
+    """An optimisation of all blocks together, and before it of one after the other."""
+
+    block_rows: Count = Field(0, description="calibration rows on which block after block is tuned first; 0: none")
+    block_epochs: Positive = Field(2, description="times that a block sees its rows")
+    block_rate: Rate = Field(1e-3, description="peak learning rate while a block is tuned")
+    steps: Count = Field(100, description="optimiser steps of the end-to-end part; 0: none")
+
+
+class Refine(Blocks):
     """Scales, levels and low-rank factors tuned to the original's predictions on calibration text, codes fixed."""
 
     enabled: bool = Field(False, description="true: tune them; for the end-to-end part both models are in memory")
-    block_rows: Count = Field(0, description="calibration rows on which block after block is tuned first; 0: none")
-    block_epochs: Positive = Field(2, description="times that a block sees its rows")
     block_rate: Rate = Field(1e-3, description="peak relative change in a step of a block")
     learning_rate: Rate = Field(4e-3, description="peak relative change in a step of the end-to-end part")
-    steps: Count = Field(100, description="optimiser steps of the end-to-end part; 0: none")
     batch_size: Positive = Field(1, description="rows per forward pass")
     length: Positive = Field(512, description="tokens per row")
 
@@ -126,7 +132,7 @@ class Train(Tuning):
     """Slot T: additive LoRA on the sliced Q + L1 L2, and on slot C if there is one."""
 
 
-class Compact(Tuning):
+class Compact(Blocks, Tuning):
     """L4Q on the pruned original weights: what was trained is the integer model that is shipped."""
 
     enabled: bool = Field(True, description="false: only the adapter for the full model is made")
@@ -140,6 +146,8 @@ class Compact(Tuning):
     )
     learning_rate: Rate = Field(2e-4, description="peak learning rate of the adapter factors")
     step_rate: Rate = Field(2e-5, description="peak learning rate of the step sizes, and of trained offsets")
+    block_rate: Rate = Field(3e-3, description="peak learning rate of the adapter factors while a block is tuned")
+    block_step_rate: Rate = Field(3e-4, description="the same of the step sizes, and of trained offsets")
     init: Literal["auto", FirstCodes] = Field(
         "auto",
         description="first codes, steps; feedback: rounded so that errors make up for each other, each weight put "
@@ -162,6 +170,12 @@ class Compact(Tuning):
         return self
 
     @model_validator(mode="after")
+    def _a_teacher_has_steps(self) -> "Compact":
+        if self.asks and not self.steps:
+            raise ValueError("teacher: original is learnt from end to end: set steps, or teacher to none")
+        return self
+
+    @model_validator(mode="after")
     def _base_holds_places(self) -> "Compact":
         widest = max((self.bits, *(rule.bits for rule in self.rules)))
         if self.base == "int4" and widest > 2:
@@ -170,6 +184,12 @@ class Compact(Tuning):
                 "rules too, to 2"
             )
         return self
+
+    def decisive(self) -> dict[str, Any]:
+        """Those of the blocks matter if they are tuned one by one."""
+        found = super().decisive()
+        unused = () if self.block_rows else ("block_epochs", "block_rate", "block_step_rate")
+        return {name: found[name] for name in found if name not in unused}
 
     @property
     def packed_bits(self) -> int | None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from prune.groups import PRUNED_AXIS, shape_of
 from qlora_pipe import layouts
 from qlora_pipe.architectures import EMBEDDING, SITES, Architecture
-from qlora_pipe.config_training import Optimisation, Taught
+from qlora_pipe.config_training import Blocks, Optimisation, Taught
 from qlora_pipe.known import Known
 from quant.storage import Choice, PackedShape
 
@@ -58,6 +58,33 @@ def peak_bytes(stage: str, known: Known) -> tuple[int, int]:
     return RUNTIME_BYTES + work.host, work.device
 
 
+def scratch_bytes(stage: str, known: Known) -> int:
+    """Disk for hidden states between layers, at most, which is free again when the stage is done."""
+    config, full = known.config, known.architecture
+    per_token = _width(known) * full.hidden
+    if stage == "calibrate":
+        tokens, deep = config.calibrate.sequences * config.calibrate.length, per_token * (len(full.layers) + 1)
+        together = min(tokens, max(CALIBRATION_TOKENS, config.calibrate.length))
+        return max(min(deep * tokens, max(BOUNDARY_BYTES, deep * together)), per_token * tokens)
+    found, trained = (
+        0,
+        {"train": config.train, "align": config.align, "compact": config.compact, "refine": config.refine},
+    )
+    settings = trained.get(stage)
+    if settings is None or not getattr(settings, "enabled", True):
+        return 0
+    if isinstance(settings, Taught) and settings.asks:
+        found = per_token * _tokens(settings)
+    if isinstance(settings, Blocks):
+        found = max(found, 2 * per_token * settings.block_rows * settings.length)
+    return found
+
+
+def _tokens(settings: Optimisation) -> int:
+    """Of all rows of all steps, at most."""
+    return settings.steps * settings.batch_size * settings.accumulation * settings.length
+
+
 def _work(stage: str, known: Known) -> _Work:
     config, full, small = known.config, known.architecture, known.small
     stream = _STREAM_COPIES * _largest_tensor(full)
@@ -103,7 +130,7 @@ def _work(stage: str, known: Known) -> _Work:
         starting = matrix + (_starting(known) if feedback else 0)
         asking, targets = _teaching(known, config.compact)
         training = targets + _frozen(known) + max(starting, _TRAINED_COPIES * trained + batch)
-        return _Work(max(asking, training), stream)
+        return _Work(max(asking + trained, training, _blocks(known, trained, starting)), stream)
     if stage in ("recover", "evaluate"):
         passing = _passing(full, EVALUATION_TOKENS) + _head(known, EVALUATION_TOKENS)
         return _Work(_rebuilt(_dense(known, full), known) + full_adapter + passing, stream)
@@ -137,7 +164,7 @@ def _teaching(known: Known, settings: Taught) -> tuple[int, int]:
     full = known.architecture
     if not settings.asks:
         return 0, 0
-    tokens = settings.steps * settings.batch_size * settings.accumulation * settings.length
+    tokens = _tokens(settings)
     outer = sum(math.prod(shape) for name, shape in full.tensors().items() if not name.startswith("model.layers."))
     layer = (_parameters(full) - outer) // len(full.layers)
     together = min(tokens, max(CALIBRATION_TOKENS, settings.length))
@@ -161,6 +188,18 @@ def _refinement(known: Known) -> int:
     if not settings.steps:
         return blocks
     return max(blocks, packed + _dense(known, full) + tuned + _pass(known, full, settings, 0))
+
+
+def _blocks(known: Known, trained: int, starting: int) -> int:
+    """While the small model is tuned by blocks: embedding and head and one layer of it, twice, all that is `trained`,
+    and of one layer its optimiser state and a pass through it, or before that `starting`. Nothing without that part."""
+    small, settings = known.small, known.config.compact
+    if not settings.block_rows:
+        return 0
+    outer = _width(known) * sum(math.prod(shape) for shape in small.others().values())
+    kept = _kept(small, settings.batch_size * settings.length, known)
+    layer = max(_TRAINED_COPIES * trained + kept, starting * len(small.layers))
+    return 2 * outer + trained + (2 * (_dense(known, small) - outer) + layer) // len(small.layers)
 
 
 def _covariances(known: Known) -> int:

@@ -290,6 +290,12 @@ class L4QLinear(nn.Module):
             row_chunk=self.row_chunk,
         )
 
+    def tune(self) -> None:
+        """Let gradients reach factors, steps and trained offsets."""
+        for parameter in (self.lora_a, self.lora_b, self.scale, self.offset):
+            if parameter is not None:
+                parameter.requires_grad_()
+
     @torch.no_grad()
     def clamp_steps_(self) -> int:
         """Raise every step below ``MIN_TRAINED_STEP`` to it, and say how many; call after each optimiser step."""

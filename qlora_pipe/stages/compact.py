@@ -1,16 +1,31 @@
 """compact: L4Q on the pruned original weights; the integers of the last step are what is written."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qlora_pipe.architectures import place_of
+from qlora_pipe.architectures import MODULE, linear_name, place_of
 from qlora_pipe.artifacts.tensors import TensorReader
 from qlora_pipe.config import Config
+from qlora_pipe.config_data import Dataset
+from qlora_pipe.hf import ranks
+from qlora_pipe.hf.blocks import tune_blocks
+from qlora_pipe.hf.calibration import batches_of
+from qlora_pipe.hf.model import dense_linear
+from qlora_pipe.hf.training import trained_parameters
 from qlora_pipe.stages.base import Context, Stage, alike, computing
-from qlora_pipe.stages.models import Make, compensation, l4q_modules, merged_weight, sliced_base_model
+from qlora_pipe.stages.calibrate import calibration_rows
+from qlora_pipe.stages.models import (
+    Make,
+    compensation,
+    l4q_modules,
+    merged_weight,
+    sliced_base_layers,
+    sliced_base_model,
+)
 from qlora_pipe.stages.moments import Moments
 from qlora_pipe.stages.packing import read_factors, write_factors
 from qlora_pipe.stages.train import fit, objective, strength, task_rows
@@ -22,24 +37,55 @@ from quant.start import first_codes, into_cells, packed_into_cells
 
 
 def run(context: Context) -> None:
-    """Peak bytes: the small model in the compute dtype, its linear maps packed if `base` says so, factors and steps
-    with optimiser state, one batch, and what `objective` takes; before that one matrix's temporaries and what `Moments`
-    holds."""
+    """Block by block (EfficientQAT, arXiv 2407.11062) if `block_rows` says so, then end to end.
+
+    Peak bytes: of the first part two layers, one of them dense, their activations, and all factors and steps; of the
+    second the small model in the compute dtype, its linear maps packed if `base` says so, factors and steps with
+    optimiser state, one batch, and what `objective` takes. While maps are made one matrix's temporaries and what
+    `Moments` holds."""
     settings = context.config.compact
     if not settings.enabled:
         context.write_json("skipped.json", {"reason": "compact.enabled is false"})
         return
-    chosen = task_rows(context, settings)
+    tuned: dict[str, dict[str, Tensor]] = {}
+    if settings.block_rows:
+        blocks, tuned = ranks.agree(partial(_by_blocks, context))
+        context.write_json("blocks.json", blocks)
+    chosen = task_rows(context, settings) if settings.steps else []
     loss = objective(context, chosen, settings)
     model = sliced_base_model(context, _l4q_maker(context))
     modules = l4q_modules(model)
-    for module in modules.values():
-        for parameter in (module.lora_a, module.lora_b, module.scale, module.offset):
-            if parameter is not None:
-                parameter.requires_grad_()
-    log = fit(context, model, chosen, settings, settings.step_rate, loss)
+    for name, module in modules.items():
+        module.load_state_dict(tuned.pop(name, {}), strict=False)
+        module.tune()
+    log = fit(context, model, chosen, settings, settings.step_rate, loss) if settings.steps else []
     _write(context, modules)
     context.write_json("history.json", log)
+
+
+def _by_blocks(context: Context) -> tuple[list[dict[str, float]], dict[str, dict[str, Tensor]]]:
+    """The log, and by name of the map its factors, steps and trained offsets."""
+    settings, found = context.config.compact, dict[str, dict[str, Tensor]]()
+    tokens = calibration_rows(context, settings.length, settings.block_rows)
+
+    def take(index: int, layer: nn.Module) -> None:
+        for role, module in MODULE.items():
+            trained = trained_parameters(layer.get_submodule(module))
+            found[linear_name(index, role)] = {name: tensor.cpu() for name, tensor in trained.items()}
+
+    log = tune_blocks(
+        sliced_base_layers(context, _target_maker(context)),
+        sliced_base_layers(context, _l4q_maker(context)),
+        batches_of(tokens, context.config.device, settings.batch_size * settings.length),
+        settings,
+        take,
+        section="compact",
+        folder=context.work,
+        seed=context.config.seed,
+        reporter=context.reporter,
+        step_rate=settings.block_step_rate,
+    )
+    return log, found
 
 
 def compact_strength(context: Context) -> float:
@@ -52,13 +98,12 @@ def _l4q_maker(context: Context) -> Make:
     """(name, weight, bias) to an L4Q layer; with a warm start its factors begin as slots C and T side by side."""
     settings, strength = context.config.compact, compact_strength(context)
     generator = torch.Generator().manual_seed(context.config.seed)
-    adapter, first = context.reader("train", "adapter"), first_integers(context)
+    first_target, first = _first_target(context), first_integers(context)
 
     def make(name: str, weight: Tensor, bias: Tensor | None) -> nn.Module:
         bits = context.known.integer_bits[name]
         kind = settings.offset_at(bits)
-        start = _warm_start(context, adapter, name) if settings.warm_start else None
-        target = weight.float() if start is None else merged_weight(weight, *start, strength)
+        target, start = first_target(name, weight)
         codes, scale, offset = first(name, target)
         frozen: Tensor | PackedMatrix = weight
         if settings.packed_bits is not None:
@@ -87,6 +132,26 @@ def _l4q_maker(context: Context) -> Make:
         )
 
     return make
+
+
+def _target_maker(context: Context) -> Make:
+    """(name, weight, bias) to a dense map of what its L4Q layer quantises first."""
+    first_target = _first_target(context)
+    return lambda name, weight, bias: dense_linear(first_target(name, weight)[0].to(weight.dtype), bias)
+
+
+def _first_target(context: Context) -> Callable[[str, Tensor], tuple[Tensor, tuple[Tensor, Tensor] | None]]:
+    """(name, weight) to what is quantised first, fp32 [out, in]: with a warm start slots C and T are part of it, and
+    the factors that add them are there too."""
+    adapter, strength = context.reader("train", "adapter"), compact_strength(context)
+
+    def target(name: str, weight: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        if not context.config.compact.warm_start:
+            return weight.float(), None
+        start = _warm_start(context, adapter, name)
+        return merged_weight(weight, *start, strength), start
+
+    return target
 
 
 def first_integers(context: Context) -> Callable[[str, Tensor], tuple[Tensor, Tensor, Tensor | None]]:
@@ -145,12 +210,18 @@ def compact_settings(config: Config) -> dict[str, Any]:
     return found | {"damping": config.decompose.damping}
 
 
+def _data(config: Config) -> dict[str, Dataset]:
+    found = {"task": config.data.task}
+    blocks = config.compact.enabled and config.compact.block_rows > 0
+    return found | {"calibration": config.data.calibration} if blocks else found
+
+
 STAGE = Stage(
     "compact",
     4,
     ("source", "calibrate", "select", "prune", "align", "train"),
     compact_settings,
     run,
-    lambda config: {"task": config.data.task},
+    _data,
     work=alike(run),
 )
