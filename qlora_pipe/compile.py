@@ -95,7 +95,7 @@ def _check_shares(config: Config, until: str) -> None:
         "guide": (guided, config.guide),
         "align": (config.align.enabled, config.align),
         "train": (True, config.train),
-        "compact": (config.compact.enabled, config.compact),
+        "compact": (config.compact.enabled and config.compact.steps > 0, config.compact),
     }
     for name, (used, settings) in trained.items():
         reached = CHAIN.index("select" if name == "guide" else name) <= CHAIN.index(until)

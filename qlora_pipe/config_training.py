@@ -32,15 +32,21 @@ class Optimisation(Section):
         return self.model_dump(mode="json", exclude={"save_steps"})
 
 
-class Refine(Optimisation):
+class Blocks(Optimisation):
+    """An optimisation of all blocks together, and before it of one after the other."""
+
+    block_rows: Count = Field(0, description="calibration rows on which block after block is tuned first; 0: none")
+    block_epochs: Positive = Field(2, description="times that a block sees its rows")
+    block_rate: Rate = Field(1e-3, description="peak learning rate while a block is tuned")
+    steps: Count = Field(100, description="optimiser steps of the end-to-end part; 0: none")
+
+
+class Refine(Blocks):
     """Scales, levels and low-rank factors tuned to the original's predictions on calibration text, codes fixed."""
 
     enabled: bool = Field(False, description="true: tune them; for the end-to-end part both models are in memory")
-    block_rows: Count = Field(0, description="calibration rows on which block after block is tuned first; 0: none")
-    block_epochs: Positive = Field(2, description="times that a block sees its rows")
     block_rate: Rate = Field(1e-3, description="peak relative change in a step of a block")
     learning_rate: Rate = Field(4e-3, description="peak relative change in a step of the end-to-end part")
-    steps: Count = Field(100, description="optimiser steps of the end-to-end part; 0: none")
     batch_size: Positive = Field(1, description="rows per forward pass")
     length: Positive = Field(512, description="tokens per row")
 
@@ -146,7 +152,7 @@ class Train(Tuning):
         return self
 
 
-class Compact(Tuning):
+class Compact(Blocks, Tuning):
     """L4Q, or a method it is measured beside, on the pruned original weights: what was trained is the integer model
     that is shipped."""
 
@@ -157,7 +163,6 @@ class Compact(Tuning):
         "adapter beside the rounded weight, with which it stays; qa-lora: offsets alone, by an adapter that sees the "
         "sum of each input group; lsq: steps and the weight itself, 16 bytes a weight",
     )
-    steps: Count = Field(100, description="optimiser steps; 0: none, the integers that training would start from")
     bits: Width = Field(4, description="bits of the integer grid")
     rules: tuple[BitsRule, ...] = Field(
         (), description="other bits for some matrices, such as {roles: [down], bits: 8}; the last rule counts"
@@ -170,6 +175,8 @@ class Compact(Tuning):
     )
     learning_rate: Rate = Field(2e-4, description="peak learning rate of the adapter factors, or of lsq's weights")
     step_rate: Rate = Field(2e-5, description="peak learning rate of the step sizes, and of trained offsets")
+    block_rate: Rate = Field(3e-3, description="peak learning rate of the adapter factors while a block is tuned")
+    block_step_rate: Rate = Field(3e-4, description="the same of the step sizes, and of trained offsets")
     init: Literal["auto", FirstCodes] = Field(
         "auto",
         description="first codes, steps; feedback: rounded so that errors make up for each other, each weight put "
@@ -209,6 +216,14 @@ class Compact(Tuning):
         return self
 
     @model_validator(mode="after")
+    def _parts_suit_each_other(self) -> "Compact":
+        if self.asks and not self.steps:
+            raise ValueError("teacher: original is learnt from end to end: set steps, or teacher to none")
+        if self.block_rows and self.method != "l4q":
+            raise ValueError(f"block_rows are for method: l4q, found {self.method}: set block_rows to 0")
+        return self
+
+    @model_validator(mode="after")
     def _base_holds_places(self) -> "Compact":
         widest = max((self.bits, *(rule.bits for rule in self.rules)))
         if self.base == "int4" and widest > 2:
@@ -217,6 +232,12 @@ class Compact(Tuning):
                 "rules too, to 2"
             )
         return self
+
+    def decisive(self) -> dict[str, Any]:
+        """Those of the blocks matter if they are tuned one by one."""
+        found = super().decisive()
+        unused = () if self.block_rows else ("block_epochs", "block_rate", "block_step_rate")
+        return {name: found[name] for name in found if name not in unused}
 
     @property
     def packed_bits(self) -> int | None:

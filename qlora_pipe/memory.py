@@ -9,8 +9,23 @@ from dataclasses import dataclass
 
 from prune.groups import PRUNED_AXIS, shape_of
 from qlora_pipe import layouts
-from qlora_pipe.architectures import EMBEDDING, SITES, Architecture
-from qlora_pipe.config_training import Optimisation, Taught
+from qlora_pipe.architectures import SITES
+from qlora_pipe.config_training import Blocks, Optimisation, Taught
+from qlora_pipe.footprint import (
+    FLOAT,
+    batch_bytes,
+    dense_bytes,
+    head_bytes,
+    held_bytes,
+    kept_bytes,
+    largest_matrix_bytes,
+    largest_tensor_bytes,
+    number_bytes,
+    parameter_count,
+    pass_bytes,
+    passing_bytes,
+    rebuilt_bytes,
+)
 from qlora_pipe.known import Known
 from quant.storage import Choice, PackedShape
 
@@ -20,23 +35,13 @@ RUNTIME_BYTES = 480 * 10**6
 EVALUATION_TOKENS = 2048
 """Tokens in one forward pass of an evaluation."""
 
-HEAD_ROWS = 256
-"""Positions whose logits exist at one time."""
-
 CALIBRATION_TOKENS = 2048
 """Tokens that go through a layer together in a calibration sweep; one row, if it is longer."""
 
 BOUNDARY_BYTES = 4 * 10**9
 """Disk for the hidden states that the gradient sweep keeps at every layer of a group of batches."""
 
-ALLOCATOR = 1.9
-"""What the host's allocator holds for each byte that autograd keeps: freed blocks of other sizes in between.
-
-Measured with glibc on training and calibration passes (1.5 to 2.2). MALLOC_MMAP_THRESHOLD_=262144 in the environment
-brings it near 1, and makes a training step about 1.6 times as long.
-"""
-
-_FLOAT = 4
+_SECTIONS = ("train", "align", "compact", "refine")
 _TRAINED_COPIES = 4  # value, gradient, two moments of Adam
 _MATRIX_COPIES = 10  # a decomposition's temporaries, in fp32 matrices
 _STREAM_COPIES = 2  # a tensor as read, converted, and as written
@@ -58,15 +63,38 @@ def peak_bytes(stage: str, known: Known) -> tuple[int, int]:
     return RUNTIME_BYTES + work.host, work.device
 
 
+def scratch_bytes(stage: str, known: Known) -> int:
+    """Disk for hidden states between layers, at most, which is free again when the stage is done."""
+    config, full = known.config, known.architecture
+    per_token = number_bytes(known) * full.hidden
+    if stage == "calibrate":
+        tokens, deep = config.calibrate.sequences * config.calibrate.length, per_token * (len(full.layers) + 1)
+        together = min(tokens, max(CALIBRATION_TOKENS, config.calibrate.length))
+        return max(min(deep * tokens, max(BOUNDARY_BYTES, deep * together)), per_token * tokens)
+    found, settings = 0, {section: getattr(config, section) for section in _SECTIONS}.get(stage)
+    if settings is None or not getattr(settings, "enabled", True):
+        return 0
+    if isinstance(settings, Taught) and settings.asks:
+        found = per_token * _tokens(settings)
+    if isinstance(settings, Blocks):
+        found = max(found, 2 * per_token * settings.block_rows * settings.length)
+    return found
+
+
+def _tokens(settings: Optimisation) -> int:
+    """Of all rows of all steps, at most."""
+    return settings.steps * settings.batch_size * settings.accumulation * settings.length
+
+
 def _work(stage: str, known: Known) -> _Work:
     config, full, small = known.config, known.architecture, known.small
-    stream = _STREAM_COPIES * _largest_tensor(full)
-    matrix = _MATRIX_COPIES * _largest_matrix(full)
+    stream = _STREAM_COPIES * largest_tensor_bytes(full)
+    matrix = _MATRIX_COPIES * largest_matrix_bytes(full)
     adapter = layouts.tensor_bytes(known.adapter())
     full_adapter = layouts.tensor_bytes(known.full_adapter())
     if stage == "source":
         # The GGUF loader's model and the clean one that is saved exist together.
-        return _Work(0, 2 * _FLOAT * _parameters(full) if known.converts else 0)
+        return _Work(0, 2 * FLOAT * parameter_count(full) if known.converts else 0)
     if stage == "calibrate":
         return _Work(_calibration(known), stream)
     if stage in ("score", "decompose"):
@@ -76,10 +104,12 @@ def _work(stage: str, known: Known) -> _Work:
         slot = layouts.tensor_bytes(layouts.adapter(full, config.align.rank))
         copies = 2 if config.guide.shrink else 1
         trained = copies * layouts.tensor_bytes(known.decomposed()) + _TRAINED_COPIES * slot
-        return _Work(trained + _batch(known, full, config.align.rank, config.guide) + matrix, stream)
+        return _Work(trained + batch_bytes(known, full, config.align.rank, config.guide) + matrix, stream)
     if stage == "select" and config.prune.measures:
         tokens = max(EVALUATION_TOKENS, config.calibrate.length)
-        passing = _passing(full, tokens) + 2 * _head(known, tokens) + _FLOAT * config.prune.tokens * full.hidden
+        passing = (
+            passing_bytes(full, tokens) + 2 * head_bytes(known, tokens) + FLOAT * config.prune.tokens * full.hidden
+        )
         return _Work(layouts.tensor_bytes(known.decomposed()) + passing, max(matrix, stream))
     if stage in ("select", "prune"):
         return _Work(0, max(matrix + _masking(known), stream))
@@ -89,26 +119,27 @@ def _work(stage: str, known: Known) -> _Work:
     packed = layouts.tensor_bytes(known.pruned())
     if stage == "align" and config.align.enabled:
         asking, targets = _teaching(known, config.align)
-        batch = _batch(known, small, config.align.rank, config.align)
+        batch = batch_bytes(known, small, config.align.rank, config.align)
         return _Work(max(asking, targets + packed + _TRAINED_COPIES * compensation + batch), stream)
     if stage == "train":
         rank = config.train.rank
         if config.train.low_rank == "trained":
             rank, adapter = max(choice.rank for choice in known.allocation.values()), adapter // 2
         asking, targets = _teaching(known, config.train)
-        under = _dense(known, small) if config.train.base == "original" else packed + compensation
-        training = under + _TRAINED_COPIES * adapter + _batch(known, small, rank, config.train)
+        under = dense_bytes(known, small) if config.train.base == "original" else packed + compensation
+        training = under + _TRAINED_COPIES * adapter + batch_bytes(known, small, rank, config.train)
         return _Work(max(asking, targets + training), stream)
     if stage == "compact" and config.compact.enabled:
-        batch = _batch(known, small, known.compact_rank(), config.compact)
+        batch = batch_bytes(known, small, known.compact_rank(), config.compact)
         feedback = any(config.compact_init(bits) == "feedback" for bits in known.integer_bits.values())
         starting = matrix + (_starting(known) if feedback else 0)
         asking, targets = _teaching(known, config.compact)
-        training = targets + _frozen(known) + max(starting, _TRAINED_COPIES * _integers_trained(known) + batch)
-        return _Work(max(asking, training), stream)
+        trained = _integers_trained(known)
+        training = targets + _frozen(known) + max(starting, _TRAINED_COPIES * trained + batch)
+        return _Work(max(asking + trained, training, _blocks(known, trained, starting)), stream)
     if stage in ("recover", "evaluate"):
-        passing = _passing(full, EVALUATION_TOKENS) + _head(known, EVALUATION_TOKENS)
-        return _Work(_rebuilt(_dense(known, full), known) + full_adapter + passing, stream)
+        passing = passing_bytes(full, EVALUATION_TOKENS) + head_bytes(known, EVALUATION_TOKENS)
+        return _Work(rebuilt_bytes(dense_bytes(known, full), known) + full_adapter + passing, stream)
     return _Work(0, stream if stage == "export" else 0)
 
 
@@ -118,19 +149,22 @@ def _calibration(known: Known) -> int:
     input, and gate moments, 8 bytes for each sequence and input of o and down.
     """
     full, settings = known.architecture, known.config.calibrate
-    width = _width(known)
+    width = number_bytes(known)
     outer = sum(math.prod(shape) for name, shape in full.tensors().items() if not name.startswith("model.layers."))
-    layer = (_parameters(full) - outer) // len(full.layers)
+    layer = (parameter_count(full) - outer) // len(full.layers)
     tokens = min(max(CALIBRATION_TOKENS, settings.length), settings.sequences * settings.length)
-    norms = _FLOAT * settings.sequences * settings.length * len(full.layers) * len(SITES)
+    norms = FLOAT * settings.sequences * settings.length * len(full.layers) * len(SITES)
     sums = sum(8 * full.site_width(0, site) ** 2 for site in SITES) if settings.covariance else 0
     readers = [
         shape_of(role, shape)[1] for shape in full.layers for role, axis in PRUNED_AXIS.items() if axis == "columns"
     ]
     gates = 8 * settings.sequences * sum(readers)
-    inputs = _FLOAT * tokens * sum(readers) // len(full.layers)
-    backward = max(_kept(full, tokens, known) // len(full.layers) + _held(inputs, known), _head(known, tokens))
-    return width * (outer + 2 * layer) + norms + gates + max(backward, _passing(full, tokens) + sums)
+    inputs = FLOAT * tokens * sum(readers) // len(full.layers)
+    backward = max(
+        kept_bytes(full, tokens, known) // len(full.layers) + held_bytes(inputs, known),
+        head_bytes(known, tokens),
+    )
+    return width * (outer + 2 * layer) + norms + gates + max(backward, passing_bytes(full, tokens) + sums)
 
 
 def _teaching(known: Known, settings: Taught) -> tuple[int, int]:
@@ -139,13 +173,13 @@ def _teaching(known: Known, settings: Taught) -> tuple[int, int]:
     full = known.architecture
     if not settings.asks:
         return 0, 0
-    tokens = settings.steps * settings.batch_size * settings.accumulation * settings.length
+    tokens = _tokens(settings)
     outer = sum(math.prod(shape) for name, shape in full.tensors().items() if not name.startswith("model.layers."))
-    layer = (_parameters(full) - outer) // len(full.layers)
+    layer = (parameter_count(full) - outer) // len(full.layers)
     together = min(tokens, max(CALIBRATION_TOKENS, settings.length))
     targets = 8 * settings.top * tokens
-    working = max(_passing(full, together), _head(known, together))
-    return _width(known) * (outer + layer) + working + targets, targets
+    working = max(passing_bytes(full, together), head_bytes(known, together))
+    return number_bytes(known) * (outer + layer) + working + targets, targets
 
 
 def _refinement(known: Known) -> int:
@@ -155,14 +189,26 @@ def _refinement(known: Known) -> int:
     full, settings = known.architecture, known.config.refine
     packed, depth = layouts.tensor_bytes(known.decomposed()), len(full.layers)
     tuned = (_TRAINED_COPIES + 1) * _tuned(known)
-    outer = _width(known) * sum(math.prod(shape) for shape in full.others().values())
+    outer = number_bytes(known) * sum(math.prod(shape) for shape in full.others().values())
     layer = (
-        2 * (_dense(known, full) - outer) + tuned + _kept(full, settings.batch_size * settings.length, known)
+        2 * (dense_bytes(known, full) - outer) + tuned + kept_bytes(full, settings.batch_size * settings.length, known)
     ) // depth
     blocks = packed + 2 * outer + layer
     if not settings.steps:
         return blocks
-    return max(blocks, packed + _dense(known, full) + tuned + _pass(known, full, settings, 0))
+    return max(blocks, packed + dense_bytes(known, full) + tuned + pass_bytes(known, full, settings, 0))
+
+
+def _blocks(known: Known, trained: int, starting: int) -> int:
+    """While the small model is tuned by blocks: embedding and head and one layer of it, twice, all that is `trained`,
+    and of one layer its optimiser state and a pass through it, or before that `starting`. Nothing without that part."""
+    small, settings = known.small, known.config.compact
+    if not settings.block_rows:
+        return 0
+    outer = number_bytes(known) * sum(math.prod(shape) for shape in small.others().values())
+    kept = kept_bytes(small, settings.batch_size * settings.length, known)
+    layer = max(_TRAINED_COPIES * trained + kept, starting * len(small.layers))
+    return 2 * outer + trained + (2 * (dense_bytes(known, small) - outer) + layer) // len(small.layers)
 
 
 def _covariances(known: Known) -> int:
@@ -175,8 +221,8 @@ def _covariances(known: Known) -> int:
     for layer, role, _ in known.architecture.linears():
         width = shape_of(role, known.architecture.layers[layer])[1]
         orders = 1 if PRUNED_AXIS[role] == "columns" else len(settings.block_sizes)
-        passing = 2 * 8 + orders * _FLOAT if settings.rounding == "feedback" else 0
-        largest = max(largest, (2 * _FLOAT + passing) * width**2)
+        passing = 2 * 8 + orders * FLOAT if settings.rounding == "feedback" else 0
+        largest = max(largest, (2 * FLOAT + passing) * width**2)
     return largest
 
 
@@ -186,21 +232,21 @@ def _masking(known: Known) -> int:
     if not known.config.prune.sparsity.enabled:
         return 0
     widest = max(columns for _, columns in known.architecture.linear_shapes().values())
-    return (2 * _FLOAT + 3 * 8) * widest**2
+    return (2 * FLOAT + 3 * 8) * widest**2
 
 
 def _starting(known: Known) -> int:
     """Of the widest input: its covariance and the one before, two float64 matrices of a factorisation and its root."""
     widths = (known.architecture.site_width(layer, site) for layer in range(len(known.small.layers)) for site in SITES)
-    return (2 * _FLOAT + 2 * 8 + _FLOAT) * max(widths) ** 2
+    return (2 * FLOAT + 2 * 8 + FLOAT) * max(widths) ** 2
 
 
 def _frozen(known: Known) -> int:
     """The small model under the integer grid: in the compute dtype, or its linear maps packed. With qa-lora these are
     codes, steps and offsets, and the offsets of a pass; with lsq nothing of them is frozen."""
-    settings, found = known.config.compact, _dense(known, known.small)
+    settings, found = known.config.compact, dense_bytes(known, known.small)
     if not settings.leaves_adapter:
-        found -= _width(known) * known.small.linear_weights()
+        found -= number_bytes(known) * known.small.linear_weights()
         return found + (_integers_bytes(known, ".codes", ".scale", ".offset", ".offset") if _pooled(known) else 0)
     if settings.packed_bits is None:
         return found
@@ -209,7 +255,7 @@ def _frozen(known: Known) -> int:
     for layer, role, _ in known.small.linears():
         rows, columns = shape_of(role, known.small.layers[layer])
         packed = layouts.packed_bytes(PackedShape(columns, rows, choice, transposed=False))
-        found -= _width(known) * rows * columns - packed
+        found -= number_bytes(known) * rows * columns - packed
     return found
 
 
@@ -219,11 +265,11 @@ def _integers_trained(known: Known) -> int:
     settings, small = known.config.compact, known.small
     if _pooled(known):
         shapes = small.linear_shapes().values()
-        return _FLOAT * settings.rank * sum(rows + columns // settings.group_size for rows, columns in shapes)
+        return FLOAT * settings.rank * sum(rows + columns // settings.group_size for rows, columns in shapes)
     steps = _integers_bytes(known, ".scale", ".offset")
     if settings.leaves_adapter:
         return steps + layouts.tensor_bytes(known.compact_adapter())
-    return steps + _FLOAT * small.linear_weights()
+    return steps + FLOAT * small.linear_weights()
 
 
 def _pooled(known: Known) -> bool:
@@ -236,20 +282,6 @@ def _integers_bytes(known: Known, *kinds: str) -> int:
     return sum(spec.nbytes for kind in kinds for name, spec in tensors if name.endswith(kind))
 
 
-def _dense(known: Known, architecture: Architecture) -> int:
-    """A model in the compute dtype."""
-    return _width(known) * _parameters(architecture)
-
-
-def _width(known: Known) -> int:
-    """Bytes of a number in the compute dtype."""
-    return 2 if known.config.dtype == "bfloat16" else _FLOAT
-
-
-def _parameters(architecture: Architecture) -> int:
-    return sum(math.prod(shape) for shape in architecture.tensors().values())
-
-
 def _tuned(known: Known) -> int:
     """fp32 scales and low-rank factors of the full model, which refine tunes."""
     found = 0
@@ -257,58 +289,4 @@ def _tuned(known: Known) -> int:
         rows, columns = shape_of(role, known.architecture.layers[layer])
         choice = known.allocation[name]
         found += rows * columns // choice.block_size + choice.rank * (rows + columns)
-    return _FLOAT * found
-
-
-def _batch(known: Known, model: Architecture, rank: int, settings: Optimisation) -> int:
-    """Activations and head of one training batch of adapters of that rank, every row at its longest."""
-    adapted = sum(2 * shape.hidden + shape.ffn + 7 * rank for shape in model.layers)
-    return _pass(known, model, settings, adapted)
-
-
-def _pass(known: Known, model: Architecture, settings: Optimisation, adapted: int) -> int:
-    """Activations of one forward and backward pass; `adapted`: numbers kept for trained maps, per token."""
-    tokens = settings.batch_size * settings.length
-    if settings.activation_checkpointing:
-        per_layer = _kept(model, tokens, known) // len(model.layers)
-        return _FLOAT * tokens * model.hidden * len(model.layers) + 2 * per_layer + _head(known, tokens)
-    return _kept(model, tokens, known) + _held(_FLOAT * tokens * adapted, known) + _head(known, tokens)
-
-
-def _kept(architecture: Architecture, tokens: int, known: Known) -> int:
-    """What autograd keeps of a frozen decoder: per token and layer 3 FFN widths, 2 residuals, queries, keys, values,
-    the attention's output and its normaliser. Counted with saved-tensor hooks on Llama.
-    """
-    per_token = sum(
-        3 * shape.ffn + 2 * shape.hidden + 2 * (shape.heads + shape.kv_heads) * shape.head_dim + shape.heads + 2
-        for shape in architecture.layers
-    )
-    return _held(_FLOAT * tokens * per_token, known)
-
-
-def _rebuilt(model: int, known: Known) -> int:
-    """A model built where others were before it: what the host's allocator keeps between them, measured."""
-    return round(1.4 * model) if known.config.device == "cpu" else model
-
-
-def _held(kept: int, known: Known) -> int:
-    return round(ALLOCATOR * kept) if known.config.device == "cpu" else kept
-
-
-def _passing(architecture: Architecture, tokens: int) -> int:
-    """Activations alive inside one layer of a forward pass without gradients."""
-    widest = max(4 * shape.ffn + 4 * shape.hidden for shape in architecture.layers)
-    return _FLOAT * tokens * widest
-
-
-def _head(known: Known, tokens: int) -> int:
-    """Logits, their log-softmax and both gradients, for the positions that exist at one time."""
-    return 4 * _FLOAT * min(tokens, HEAD_ROWS) * known.architecture.vocab
-
-
-def _largest_tensor(architecture: Architecture) -> int:
-    return _FLOAT * math.prod(architecture.tensors()[f"{EMBEDDING}.weight"])
-
-
-def _largest_matrix(architecture: Architecture) -> int:
-    return _FLOAT * max(math.prod(shape) for shape in architecture.linear_shapes().values())
+    return FLOAT * found

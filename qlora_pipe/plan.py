@@ -9,7 +9,7 @@ from qlora_pipe.budget import require_feasible
 from qlora_pipe.config import Config
 from qlora_pipe.errors import PlanError
 from qlora_pipe.known import CHAIN, Known, estimate_allocation
-from qlora_pipe.memory import peak_bytes
+from qlora_pipe.memory import peak_bytes, scratch_bytes
 from qlora_pipe.shapes import check_shapes
 from qlora_pipe.sources import ModelSource, architecture_of, find_model
 from qlora_pipe.units import format_bytes, parse_bytes
@@ -17,7 +17,8 @@ from qlora_pipe.units import format_bytes, parse_bytes
 
 @dataclass(frozen=True)
 class StagePlan:
-    """One stage: tensors written, bytes read and written, exact weight files, peak memory in bytes."""
+    """One stage: tensors written, bytes read and written, exact weight files, peak memory and disk while it runs, in
+    bytes."""
 
     name: str
     tensors: int
@@ -26,6 +27,7 @@ class StagePlan:
     files: dict[str, int]
     host_peak: int
     device_peak: int
+    scratch: int
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class Plan:
     exact: bool
     stages: tuple[StagePlan, ...]
     disk: int
+    scratch: int
     host_peak: int
     device_peak: int
     fits_host: bool | None
@@ -86,6 +89,7 @@ def plan_known(known: Known) -> Plan:
         exact=known.is_final,
         stages=stages,
         disk=sum(stage.writes for stage in stages),
+        scratch=max(stage.scratch for stage in stages),
         host_peak=host,
         device_peak=device,
         fits_host=_fits(host, config.memory.host),
@@ -109,9 +113,9 @@ def check_memory(plan: Plan, config: Config) -> None:
 
 def render_plan(plan: Plan) -> str:
     """The plan as a table for people."""
-    rows: list[tuple[str, ...]] = [("stage", "tensors", "reads", "writes", "host peak", "device peak")]
+    rows: list[tuple[str, ...]] = [("stage", "tensors", "reads", "writes", "scratch", "host peak", "device peak")]
     for stage in plan.stages:
-        sizes = (stage.reads, stage.writes, stage.host_peak, stage.device_peak)
+        sizes = (stage.reads, stage.writes, stage.scratch, stage.host_peak, stage.device_peak)
         rows.append((stage.name, str(stage.tensors), *(format_bytes(size) for size in sizes)))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = [f"{plan.model} -> {plan.run}"]
@@ -123,7 +127,8 @@ def render_plan(plan: Plan) -> str:
         for row in rows
     ]
     lines.append(
-        f"disk {format_bytes(plan.disk)}, host peak {format_bytes(plan.host_peak)}{_verdict(plan.fits_host)}, "
+        f"disk {format_bytes(plan.disk)}, and scratch {format_bytes(plan.scratch)}, "
+        f"host peak {format_bytes(plan.host_peak)}{_verdict(plan.fits_host)}, "
         f"device peak {format_bytes(plan.device_peak)}{_verdict(plan.fits_device)}"
     )
     if not plan.exact:
@@ -145,6 +150,7 @@ def _stage(name: str, known: Known) -> StagePlan:
         files=files,
         host_peak=host,
         device_peak=device,
+        scratch=scratch_bytes(name, known),
     )
 
 

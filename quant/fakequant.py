@@ -296,6 +296,12 @@ class L4QLinear(nn.Module):
             fused=self.fused,
         )
 
+    def tune(self) -> None:
+        """Let gradients reach factors, steps and trained offsets."""
+        for parameter in (self.lora_a, self.lora_b, self.scale, self.offset):
+            if parameter is not None:
+                parameter.requires_grad_()
+
     @torch.no_grad()
     def clamp_steps_(self) -> int:
         """Raise every step below ``MIN_TRAINED_STEP`` to it, and say how many; call after each optimiser step."""

@@ -1,5 +1,6 @@
-"""Tuning a packed model block by block: each decoder layer to the original's output, on the tuned layers before it."""
+"""Tuning a model block by block: each decoder layer to another model's output, on the tuned layers before it."""
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,11 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from qlora_pipe.artifacts.scratch import Scratch
-from qlora_pipe.config_training import Refine
+from qlora_pipe.config_training import Blocks
 from qlora_pipe.errors import StageError
 from qlora_pipe.events import Reporter
 from qlora_pipe.hf.calibration import Arguments, CalibrationBatch
 from qlora_pipe.hf.layers import LayerStream
+from qlora_pipe.hf.training import factors_and_steps
+from quant.fakequant import L4QLinear
 from quant.tunable import TunableLinear
 
 Take = Callable[[int, nn.Module], None]
@@ -23,19 +26,24 @@ def tune_blocks(
     teacher: LayerStream,
     student: LayerStream,
     batches: Sequence[CalibrationBatch],
-    settings: Refine,
+    settings: Blocks,
     take: Take,
     *,
+    section: str,
     folder: Path,
     seed: int,
     reporter: Reporter,
+    step_rate: float | None = None,
 ) -> list[dict[str, float]]:
-    """Tune every TunableLinear of `student` layer by layer, codes fixed, as ApiQ (arXiv 2402.05147) does by blocks.
+    """Tune every TunableLinear of `student` layer by layer, codes fixed, as ApiQ (arXiv 2402.05147) does by blocks; or
+    every L4QLinear, codes and all, as EfficientQAT (arXiv 2407.11062) does before it trains end to end: step sizes and
+    offsets at `step_rate`.
 
     A layer reads what the tuned layers before it make, and is led to what the teacher's layer makes of the teacher's
-    own input, so it also makes up for errors before it. Returns {layer, before, after}: mean relative squared error of
-    the layer's output, over all tokens. Raises StageError where it is not finite. Peak bytes: both streams', one
-    batch's activations in one layer, three fp32 copies of what is tuned in it; on disk all hidden states twice.
+    own input, so it also makes up for errors before it. `section`: whose settings these are. Returns {layer, before,
+    after}: mean relative squared error of the layer's output, over all tokens. Raises StageError where it is not
+    finite. Peak bytes: both streams', one batch's activations in one layer, three fp32 copies of what is tuned in it;
+    on disk all hidden states twice.
     """
     log, generator = [], torch.Generator().manual_seed(seed)
     starts = Arguments(teacher, batches), Arguments(student, batches)
@@ -51,8 +59,19 @@ def tune_blocks(
             with student.layer(index) as layer:
                 block = _Block(layer, hidden, starts[1], index, student.device)
                 before = block.error(range(len(batches)))
-                block.tune(settings, len(batches), generator)
+                block.tune(settings, step_rate, len(batches), generator)
                 after = block.advance(range(len(batches)))
+                if not (math.isfinite(before) and math.isfinite(after)):
+                    raise StageError(
+                        f"{section}: the error of layer {index} is {before} and {after} once it is tuned; lower "
+                        f"{section}.block_rate and run again"
+                    )
+                if after > before:
+                    reporter.event(
+                        "blocks",
+                        f"layer {index} is further off than before it was tuned, by {after:.3g} instead of "
+                        f"{before:.3g}: lower {section}.block_rate",
+                    )
                 take(index, layer)
             log.append({"layer": index, "before": before, "after": after})
             advance()
@@ -70,15 +89,17 @@ class _Block:
         with torch.no_grad():
             return self._mean([self._loss(number)[0] for number in numbers])
 
-    def tune(self, settings: Refine, count: int, generator: torch.Generator) -> None:
-        """Adam over the batches in a drawn order, for so many epochs; its rate falls to zero along a cosine."""
+    def tune(self, settings: Blocks, step_rate: float | None, count: int, generator: torch.Generator) -> None:
+        """Adam over the batches in a drawn order, for so many epochs; its rates fall to zero along a cosine."""
         for module in self._layer.modules():
-            if isinstance(module, TunableLinear):
+            if isinstance(module, TunableLinear | L4QLinear):
                 module.tune()
-        tuned = [parameter for parameter in self._layer.parameters() if parameter.requires_grad]
-        steps = settings.block_epochs * count
-        optimizer = torch.optim.Adam(tuned, lr=settings.block_rate)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+        factors, steps = factors_and_steps(self._layer)
+        groups: list[dict[str, Any]] = [{"params": factors}]
+        if steps:
+            groups.append({"params": steps, "lr": step_rate})
+        optimizer = torch.optim.Adam(groups, lr=settings.block_rate)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.block_epochs * count)
         for _ in range(settings.block_epochs):
             for number in torch.randperm(count, generator=generator).tolist():
                 loss = self._loss(number)[0].mean()
@@ -86,6 +107,9 @@ class _Block:
                 loss.backward()
                 optimizer.step()
                 schedule.step()
+                for module in self._layer.modules():
+                    if isinstance(module, L4QLinear):
+                        module.clamp_steps_()
 
     def advance(self, numbers: Sequence[int]) -> float:
         """As `error`; leaves what leaves the layer in place of what entered."""
@@ -110,9 +134,4 @@ class _Block:
         return error / wanted.float().square().sum(dim=-1).clamp(min=1e-12), output
 
     def _mean(self, losses: Sequence[Tensor]) -> float:
-        mean = float(torch.cat([loss.flatten() for loss in losses]).double().mean())
-        if not mean < float("inf"):
-            raise StageError(
-                f"refine: the error of layer {self._index} is {mean}; lower refine.block_rate and run again"
-            )
-        return mean
+        return float(torch.cat([loss.flatten() for loss in losses]).double().mean())

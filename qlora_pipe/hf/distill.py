@@ -13,11 +13,11 @@ from transformers import PreTrainedModel
 
 from qlora_pipe.artifacts.scratch import Scratch
 from qlora_pipe.events import Reporter
+from qlora_pipe.footprint import HEAD_ROWS
 from qlora_pipe.hf.calibration import Arguments, batches_of
 from qlora_pipe.hf.layers import LayerStream
 from qlora_pipe.hf.loss import cap_of, logits_of, over_head_rows, predicting_states, scored_tokens
 from qlora_pipe.hf.sequences import IGNORED, Row
-from qlora_pipe.memory import HEAD_ROWS
 
 # A model's probability of all other tokens is at least this: its logarithm stays finite.
 _LEAST = 1e-6

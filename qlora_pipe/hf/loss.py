@@ -12,8 +12,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from qlora_pipe.errors import StageError
+from qlora_pipe.footprint import HEAD_ROWS
 from qlora_pipe.hf.sequences import IGNORED, Row, attending, collate
-from qlora_pipe.memory import EVALUATION_TOKENS, HEAD_ROWS
+from qlora_pipe.memory import EVALUATION_TOKENS
 
 
 @dataclass(frozen=True)

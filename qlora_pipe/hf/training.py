@@ -181,9 +181,7 @@ class _SlotTrainer(Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Adapter factors with weight decay; step sizes with their own rate and none."""
         if self.optimizer is None:
-            named = [(name, tensor) for name, tensor in self.model.named_parameters() if tensor.requires_grad]
-            steps = [tensor for name, tensor in named if name.endswith((".scale", ".offset"))]
-            factors = [tensor for name, tensor in named if not name.endswith((".scale", ".offset"))]
+            factors, steps = factors_and_steps(self.model)
             groups: list[dict[str, Any]] = [{"params": factors, "weight_decay": self.args.weight_decay}]
             if steps:
                 groups.append({"params": steps, "weight_decay": 0.0, "lr": self.step_rate})
@@ -263,6 +261,14 @@ def _numbers(rows: Sequence[Row], batch: Tensor) -> list[int]:
 def trained_parameters(model: nn.Module) -> dict[str, Tensor]:
     """Name and value of every parameter that requires a gradient."""
     return {name: tensor.detach() for name, tensor in model.named_parameters() if tensor.requires_grad}
+
+
+def factors_and_steps(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """All that requires a gradient: first what is no step size or offset of L4Q, then these, which learn at a rate of
+    their own."""
+    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    steps = [parameter for name, parameter in named if name.endswith((".scale", ".offset"))]
+    return [parameter for name, parameter in named if not name.endswith((".scale", ".offset"))], steps
 
 
 def _check_finite(model: nn.Module, step: int) -> None:

@@ -2,23 +2,30 @@
 what is written."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qlora_pipe.architectures import place_of
+from qlora_pipe.architectures import MODULE, linear_name, place_of
 from qlora_pipe.artifacts.tensors import TensorReader
 from qlora_pipe.config import Config
-from qlora_pipe.hf.loss import summed_loss
-from qlora_pipe.hf.model import Model
+from qlora_pipe.config_data import Dataset
+from qlora_pipe.hf import ranks
+from qlora_pipe.hf.blocks import tune_blocks
+from qlora_pipe.hf.calibration import batches_of
+from qlora_pipe.hf.model import Model, dense_linear
+from qlora_pipe.hf.training import trained_parameters
 from qlora_pipe.stages.base import Context, Stage, alike, computing
+from qlora_pipe.stages.calibrate import calibration_rows
 from qlora_pipe.stages.models import (
     Make,
     compensation,
     integer_model,
     integer_modules,
     merged_weight,
+    sliced_base_layers,
     sliced_base_model,
     with_adapter,
 )
@@ -42,16 +49,26 @@ _TRAINED = {
 
 
 def run(context: Context) -> None:
-    """Peak bytes: the small model in the compute dtype, its linear maps packed if `base` says so, what is trained with
-    optimiser state, one batch, and what `objective` takes; before that one matrix's temporaries and what `Moments`
-    holds. With lsq the linear maps are what is trained."""
+    """Block by block (EfficientQAT, arXiv 2407.11062) if `block_rows` says so, then end to end.
+
+    Peak bytes: of the first part two layers, one of them dense, their activations, and all factors and steps; of the
+    second the small model in the compute dtype, its linear maps packed if `base` says so, what is trained with
+    optimiser state, one batch, and what `objective` takes; with lsq the linear maps are what is trained. While maps are
+    made one matrix's temporaries and what `Moments` holds."""
     settings = context.config.compact
     if not settings.enabled:
         context.write_json("skipped.json", {"reason": "compact.enabled is false"})
         return
+    tuned: dict[str, dict[str, Tensor]] = {}
+    if settings.block_rows:
+        blocks, tuned = ranks.agree(partial(_by_blocks, context))
+        context.write_json("blocks.json", blocks)
     chosen = task_rows(context, settings) if settings.steps else []
-    loss = objective(context, chosen, settings) if chosen else summed_loss
+    loss = objective(context, chosen, settings)
     model = sliced_base_model(context, _maker(context))
+    while tuned:
+        name, state = tuned.popitem()
+        model.get_submodule(name).load_state_dict(state, strict=False)
     maps = tuple(f"{name}." for _, _, name in context.known.small.linears())
     for name, parameter in model.named_parameters():
         if name.startswith(maps) and name.rpartition(".")[2] in _TRAINED[settings.method]:
@@ -59,6 +76,31 @@ def run(context: Context) -> None:
     log = fit(context, model, chosen, settings, settings.step_rate, loss) if chosen else []
     _write(context, model)
     context.write_json("history.json", log)
+
+
+def _by_blocks(context: Context) -> tuple[list[dict[str, float]], dict[str, dict[str, Tensor]]]:
+    """The log, and by name of the map its factors, steps and trained offsets."""
+    settings, found = context.config.compact, dict[str, dict[str, Tensor]]()
+    tokens = calibration_rows(context, settings.length, settings.block_rows)
+
+    def take(index: int, layer: nn.Module) -> None:
+        for role, module in MODULE.items():
+            trained = trained_parameters(layer.get_submodule(module))
+            found[linear_name(index, role)] = {name: tensor.cpu() for name, tensor in trained.items()}
+
+    log = tune_blocks(
+        sliced_base_layers(context, _target_maker(context)),
+        sliced_base_layers(context, _maker(context)),
+        batches_of(tokens, context.config.device, settings.batch_size * settings.length),
+        settings,
+        take,
+        section="compact",
+        folder=context.work,
+        seed=context.config.seed,
+        reporter=context.reporter,
+        step_rate=settings.block_step_rate,
+    )
+    return log, found
 
 
 def compact_strength(context: Context) -> float:
@@ -79,14 +121,12 @@ def _maker(context: Context) -> Make:
     """(name, weight, bias) to a layer of the method. With a warm start slots C and T, side by side, are where its
     factors begin, or part of what is rounded."""
     settings, generator = context.config.compact, torch.Generator().manual_seed(context.config.seed)
-    adapter, first = context.reader("train", "adapter"), first_integers(context)
+    first_target, first = _first_target(context), first_integers(context)
 
     def make(name: str, weight: Tensor, bias: Tensor | None) -> nn.Module:
         bits = context.known.integer_bits[name]
         kind = settings.first_offset_at(bits)
-        start = _warm_start(context, adapter, name) if settings.warm_start else None
-        beside = settings.method == "qat-lora"
-        target = weight.float() if start is None or beside else merged_weight(weight, *start, strength(context))
+        target, start = first_target(name, weight)
         codes, scale, offset = first(name, target)
         if settings.method == "qa-lora":
             return QALoRALinear(
@@ -114,7 +154,7 @@ def _maker(context: Context) -> Make:
                 fused=settings.fused,
             )
         rounded = FakeQuantLinear(base, bias, bits=bits, group_size=size, steps=steps, offset=kind)
-        if not beside:
+        if settings.method == "lsq":
             return rounded
         module = LoRALinear(rounded)
         if start is None:
@@ -149,6 +189,26 @@ def _under_rounding(
         inside = into_cells(target, *integers, bits=bits, half=half, dtype=dtype)
         return (inside if factors is None else merged_weight(inside, *factors, -strength)).to(dtype)
     return (target if factors is None else weight).to(dtype)
+
+
+def _target_maker(context: Context) -> Make:
+    """(name, weight, bias) to a dense map of what its L4Q layer quantises first."""
+    first_target = _first_target(context)
+    return lambda name, weight, bias: dense_linear(first_target(name, weight)[0].to(weight.dtype), bias)
+
+
+def _first_target(context: Context) -> Callable[[str, Tensor], tuple[Tensor, tuple[Tensor, Tensor] | None]]:
+    """(name, weight) to what is quantised first, fp32 [out, in]: with a warm start slots C and T are part of it, but in
+    qat-lora, and the factors that add them are there too."""
+    adapter, settings = context.reader("train", "adapter"), context.config.compact
+
+    def target(name: str, weight: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        start = _warm_start(context, adapter, name) if settings.warm_start else None
+        if start is None or settings.method == "qat-lora":
+            return weight.float(), start
+        return merged_weight(weight, *start, strength(context)), start
+
+    return target
 
 
 def first_integers(context: Context) -> Callable[[str, Tensor], tuple[Tensor, Tensor, Tensor | None]]:
@@ -214,12 +274,18 @@ def compact_settings(config: Config) -> dict[str, Any]:
     return found | {"damping": config.decompose.damping}
 
 
+def _data(config: Config) -> dict[str, Dataset]:
+    found = {"task": config.data.task}
+    blocks = config.compact.enabled and config.compact.block_rows > 0
+    return found | {"calibration": config.data.calibration} if blocks else found
+
+
 STAGE = Stage(
     "compact",
     4,
     ("source", "calibrate", "select", "prune", "align", "train"),
     compact_settings,
     run,
-    lambda config: {"task": config.data.task},
+    _data,
     work=alike(run),
 )

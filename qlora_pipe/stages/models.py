@@ -37,7 +37,7 @@ def base_model(context: Context, wrap: Wrap | None = None) -> Model:
 
 def base_layers(context: Context) -> LayerStream:
     """The original model, dense, a layer at a time. Peak bytes: embedding, head and one layer."""
-    return _layers(context, _base_linear(context), context.base_reader)
+    return _layers(context, context.known.architecture, _base_linear(context), context.base_reader)
 
 
 def decomposed_model(context: Context, wrap: Wrap | None = None) -> Model:
@@ -64,7 +64,7 @@ def tunable_model(context: Context, read: Callable[[str], Tensor]) -> Model:
 def tunable_layers(context: Context) -> LayerStream:
     """The decomposed model as `tunable_model`, a layer at a time. Peak bytes: embedding, head and one layer."""
     reader = context.reader("decompose")
-    return _layers(context, _tunable_linear(context, reader.read), reader)
+    return _layers(context, context.known.architecture, _tunable_linear(context, reader.read), reader)
 
 
 def pruned_model(context: Context, wrap: Wrap | None = None, *, dense: bool = True) -> Model:
@@ -131,12 +131,12 @@ def sliced_base_model(context: Context, make: Make, wrap: Wrap | None = None) ->
 
     Peak bytes: the small model in the compute dtype, and one full matrix.
     """
-    small = context.known.small
+    return _build(context, context.known.small, _sliced_linear(context, make), context.base_reader, wrap)
 
-    def linear(layer: int, role: str, name: str) -> nn.Module:
-        return make(name, *sliced_base_weight(context, layer, role, name))
 
-    return _build(context, small, linear, context.base_reader, wrap)
+def sliced_base_layers(context: Context, make: Make) -> LayerStream:
+    """The same a layer at a time. Peak bytes: embedding, head, one layer, and one full matrix."""
+    return _layers(context, context.known.small, _sliced_linear(context, make), context.base_reader)
 
 
 def sliced_base_weight(context: Context, layer: int, role: str, name: str) -> tuple[Tensor, Tensor | None]:
@@ -205,6 +205,13 @@ def _base_linear(context: Context) -> LinearOf:
     return linear
 
 
+def _sliced_linear(context: Context, make: Make) -> LinearOf:
+    def linear(layer: int, role: str, name: str) -> nn.Module:
+        return make(name, *sliced_base_weight(context, layer, role, name))
+
+    return linear
+
+
 def _tunable_linear(context: Context, read: Callable[[str], Tensor]) -> LinearOf:
     def linear(layer: int, role: str, name: str) -> nn.Module:
         shape = context.known.packed_shape("decompose", layer, role)
@@ -213,10 +220,10 @@ def _tunable_linear(context: Context, read: Callable[[str], Tensor]) -> LinearOf
     return linear
 
 
-def _layers(context: Context, linear: LinearOf, reader: TensorReader) -> LayerStream:
+def _layers(context: Context, architecture: Architecture, linear: LinearOf, reader: TensorReader) -> LayerStream:
     return LayerStream(
         load_config(context.base),
-        context.known.architecture,
+        architecture,
         linear,
         _other(context, reader),
         device=context.config.device,

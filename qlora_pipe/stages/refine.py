@@ -61,6 +61,7 @@ def _by_blocks(context: Context) -> tuple[list[dict[str, float]], dict[str, Tens
         batches_of(tokens, context.config.device, settings.batch_size * settings.length),
         settings,
         take,
+        section="refine",
         folder=context.work,
         seed=context.config.seed,
         reporter=context.reporter,

@@ -49,7 +49,7 @@ def hashes(run: Path) -> dict[str, dict[str, str]]:
 def test_sigkill_at_random_moments_changes_no_hash(tmp_path: Path, server: ForkServerContext) -> None:
     save_tiny_model(tmp_path / "model")
     save_texts(tmp_path)
-    config = save_settings(tmp_path, train={"teacher": "original"})
+    config = save_settings(tmp_path, train={"teacher": "original"}, compact={"block_rows": 2})
 
     started = time.monotonic()
     calm = server.Process(target=run_chain, args=(config, tmp_path / "calm"))

@@ -28,7 +28,8 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_texts(folder)
     shared = {"accumulation": 2, "batch_size": 1}
     taught = shared | {"teacher": "original", "top": 8, "packing": True, "length": 128}
-    return save_settings(folder, train=taught, compact=taught, refine={**shared, "enabled": True, "steps": 2})
+    blocks = {"block_rows": 2}
+    return save_settings(folder, train=taught, compact=taught | blocks, refine={**shared, "enabled": True, "steps": 2})
 
 
 def torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:

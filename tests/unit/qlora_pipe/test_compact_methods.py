@@ -16,8 +16,8 @@ from qlora_pipe.compile import compile_model
 from qlora_pipe.config_file import load
 from qlora_pipe.errors import ConfigError
 from qlora_pipe.events import Reporter
+from qlora_pipe.footprint import ALLOCATOR
 from qlora_pipe.hf.model import Model
-from qlora_pipe.memory import ALLOCATOR
 from qlora_pipe.plan import know, make_plan
 from qlora_pipe.stages import compact
 from qlora_pipe.stages.base import Context

@@ -1,5 +1,6 @@
 """Tuning block by block: against the same loop written out over whole models, what it holds, and what it refuses."""
 
+import io
 from pathlib import Path
 
 import pytest
@@ -20,12 +21,14 @@ from qlora_pipe.hf.model import Model
 from qlora_pipe.layouts import packed_shape
 from quant.buffers import packed_buffers
 from quant.decompose import decompose
+from quant.fakequant import MIN_TRAINED_STEP, L4QLinear
 from quant.storage import Choice
 from quant.tunable import TunableLinear
 
 CHOICE = Choice("lloyd", 2, 32, 4, factor_dtype="int8")
 TEXTS = ["forty bytes of calibration text, surely so", "another row of forty bytes of text, surely"] * 3
 SETTINGS = Refine(block_rows=6, block_epochs=3, block_rate=0.01, batch_size=2, length=48)
+STEP_RATE = 0.002
 
 
 def tunable(tiny: TinyFolder, role: str, name: str) -> TunableLinear:
@@ -38,11 +41,29 @@ def tunable(tiny: TinyFolder, role: str, name: str) -> TunableLinear:
     return TunableLinear(shape, packed_buffers(found.quantized, factors, shape, bias))
 
 
-def student(tiny: TinyFolder) -> LayerStream:
+def l4q(tiny: TinyFolder, role: str, name: str) -> L4QLinear:
+    generator = torch.Generator().manual_seed(len(name))
+    kind, init = ("half", "mse") if role == "down" else ("trained", "asymmetric")
+    return L4QLinear(
+        *tiny.weight(role, name), bits=3, group_size=32, rank=4, alpha=2.0, generator=generator, offset=kind, init=init
+    )
+
+
+MAKE = {"packed": tunable, "l4q": l4q}
+
+
+def state(linear: nn.Module) -> dict[str, Tensor]:
+    """What tuning may change, as it is kept."""
+    if isinstance(linear, TunableLinear):
+        return linear.packed()
+    return {key: value.detach() for key, value in linear.named_parameters() if key not in ("weight", "bias")}
+
+
+def student(tiny: TinyFolder, kind: str) -> LayerStream:
     return LayerStream(
         tiny.config,
         tiny.architecture,
-        lambda layer, role, name: tunable(tiny, role, name),
+        lambda layer, role, name: MAKE[kind](tiny, role, name),
         tiny.reader.read_float,
         device="cpu",
     )
@@ -53,25 +74,32 @@ def batches() -> list[CalibrationBatch]:
 
 
 def tuned(
-    tiny: TinyFolder, settings: Refine, folder: Path, teacher: LayerStream | None = None
+    tiny: TinyFolder,
+    settings: Refine,
+    folder: Path,
+    teacher: LayerStream | None = None,
+    kind: str = "packed",
+    step_rate: float = STEP_RATE,
+    reporter: Reporter | None = None,
 ) -> tuple[dict[str, Tensor], list[dict[str, float]]]:
     found: dict[str, Tensor] = {}
 
     def take(index: int, layer: nn.Module) -> None:
         for role, module in MODULE.items():
             linear = layer.get_submodule(module)
-            assert isinstance(linear, TunableLinear)
-            found.update({f"{linear_name(index, role)}.{key}": value for key, value in linear.packed().items()})
+            found.update({f"{linear_name(index, role)}.{key}": value for key, value in state(linear).items()})
 
     log = tune_blocks(
         teacher or tiny.stream(),
-        student(tiny),
+        student(tiny, kind),
         batches(),
         settings,
         take,
+        section="refine",
         folder=folder,
         seed=3,
-        reporter=Reporter(json_lines=True),
+        reporter=reporter or Reporter(json_lines=True),
+        step_rate=step_rate,
     )
     return found, log
 
@@ -87,19 +115,27 @@ def hidden_states(model: Model, batch: CalibrationBatch) -> list[Tensor]:
     return seen
 
 
-def by_hand(tiny: TinyFolder, settings: Refine) -> dict[str, Tensor]:
+def by_hand(tiny: TinyFolder, settings: Refine, kind: str) -> dict[str, Tensor]:
     """Whole models, whole forward passes; only one layer's parameters are handed to Adam at a time."""
-    whole, original = tiny.build(lambda layer, role, name: tunable(tiny, role, name)), tiny.dense()
+    whole, original = tiny.build(lambda layer, role, name: MAKE[kind](tiny, role, name)), tiny.dense()
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         wanted = [hidden_states(original, batch) for batch in batches()]
     for index, layer in enumerate(whole.model.layers):
+        groups = []
         for module in layer.modules():
             if isinstance(module, TunableLinear):
                 module.tune()
-        parameters = [parameter for parameter in layer.parameters() if parameter.requires_grad]
+                groups.append({"params": [value for value in module.parameters() if value.requires_grad]})
+            if isinstance(module, L4QLinear):
+                groups.append({"params": [module.lora_a, module.lora_b]})
+                sizes = [module.scale] if module.offset is None else [module.scale, module.offset]
+                groups.append({"params": sizes, "lr": STEP_RATE})
+        for group in groups:
+            for parameter in group["params"]:
+                parameter.requires_grad_()
         steps = settings.block_epochs * len(wanted)
-        optimizer = torch.optim.Adam(parameters, lr=settings.block_rate)
+        optimizer = torch.optim.Adam(groups, lr=settings.block_rate)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
         for _ in range(settings.block_epochs):
             for number in torch.randperm(len(wanted), generator=generator).tolist():
@@ -113,14 +149,15 @@ def by_hand(tiny: TinyFolder, settings: Refine) -> dict[str, Tensor]:
         f"{linear_name(index, role)}.{key}": value
         for index, layer in enumerate(whole.model.layers)
         for role, module in MODULE.items()
-        for key, value in layer.get_submodule(module).packed().items()
+        for key, value in state(layer.get_submodule(module)).items()
     }
 
 
-def test_equals_the_same_loop_over_whole_models(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", MAKE)
+def test_equals_the_same_loop_over_whole_models(tmp_path: Path, kind: str) -> None:
     tiny = TinyFolder(save_tiny_model(tmp_path, num_hidden_layers=3))
-    found, _ = tuned(tiny, SETTINGS, tmp_path)
-    expected = by_hand(tiny, SETTINGS)
+    found, _ = tuned(tiny, SETTINGS, tmp_path, kind=kind)
+    expected = by_hand(tiny, SETTINGS, kind)
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         # A factor or scale near a rounding boundary may differ by one in its last place.
@@ -145,12 +182,38 @@ def test_the_same_seed_gives_the_same_bytes(tmp_path: Path) -> None:
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+def test_integers_follow_and_every_layer_gets_nearer(tmp_path: Path) -> None:
+    tiny = TinyFolder(save_tiny_model(tmp_path, num_hidden_layers=3))
+    found, log = tuned(tiny, SETTINGS, tmp_path, kind="l4q")
+    assert all(0 < entry["after"] < 0.9 * entry["before"] for entry in log)
+    for _, role, name in tiny.architecture.linears():
+        first, last = l4q(tiny, role, name), l4q(tiny, role, name)
+        last.load_state_dict({key: found[f"{name}.{key}"] for key in state(last)}, strict=False)
+        assert (first.quantized()[0] != last.quantized()[0]).double().mean() > 0.01
+        assert all(not torch.equal(a, b) for a, b in zip(state(first).values(), state(last).values(), strict=True))
+
+
+def test_steps_stay_above_their_floor(tmp_path: Path) -> None:
+    found, _ = tuned(TinyFolder(save_tiny_model(tmp_path)), SETTINGS, tmp_path, kind="l4q", step_rate=0.5)
+    lowest = min(tensor.min().item() for name, tensor in found.items() if name.endswith(".scale"))
+    assert lowest == pytest.approx(MIN_TRAINED_STEP)
+
+
 def test_one_layer_of_the_original_is_held_at_a_time(tmp_path: Path) -> None:
     tiny = TinyFolder(save_tiny_model(tmp_path, num_hidden_layers=4))
     live = LiveWeights(tiny)
     tuned(tiny, SETTINGS, tmp_path, live.stream())
     assert live.most == 1
     assert set(live.loads.values()) == {1}
+
+
+def test_a_layer_that_gets_worse_is_told_of(tmp_path: Path) -> None:
+    tiny, said = TinyFolder(save_tiny_model(tmp_path)), io.StringIO()
+    fast = SETTINGS.model_copy(update={"block_rate": 1.0})
+    _, log = tuned(tiny, fast, tmp_path, kind="l4q", reporter=Reporter(stream=said, json_lines=True))
+    worse = [entry["layer"] for entry in log if entry["after"] > entry["before"]]
+    assert worse
+    assert [n for n in (0, 1) if f"layer {n} is further off than before" in said.getvalue()] == worse
 
 
 def test_a_rate_that_breaks_a_layer_is_named(tmp_path: Path) -> None:

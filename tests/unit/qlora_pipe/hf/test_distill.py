@@ -12,12 +12,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from qlora_pipe.events import Reporter
+from qlora_pipe.footprint import HEAD_ROWS
 from qlora_pipe.hf.calibration import batches_of
 from qlora_pipe.hf.distill import Targets, summed_distillation, teacher_targets
 from qlora_pipe.hf.loss import summed_divergence
 from qlora_pipe.hf.model import Model
 from qlora_pipe.hf.sequences import IGNORED, Packer, Row, collate
-from qlora_pipe.memory import HEAD_ROWS
 
 VOCABULARY = 260
 CHANGES = {

@@ -14,10 +14,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from qlora_pipe.errors import StageError
+from qlora_pipe.footprint import HEAD_ROWS
 from qlora_pipe.hf.loss import Score, score, summed_loss
 from qlora_pipe.hf.model import Model
 from qlora_pipe.hf.sequences import Row, collate
-from qlora_pipe.memory import HEAD_ROWS
 
 # Small enough to bend the logits of a random model.
 GEMMA2 = {"query_pre_attn_scalar": 16, "sliding_window": 32, "final_logit_softcapping": 2.0}
