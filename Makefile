@@ -2,7 +2,8 @@
 # make test     lint, types and tests
 # make lint     lint and types only
 # make bench-X  benchmarks/X.py, ours beside a peer
-# make clean    remove the environment and the caches; run folders stay
+# make consumers  what we export, loaded by GPTQModel, in an environment of its own (built from source: minutes)
+# make clean    remove the environments and the caches; run folders stay
 
 PYTHON ?= python3
 # More flags of `python -m venv`; --system-site-packages keeps a torch that is already installed.
@@ -19,7 +20,11 @@ BIN := $(VENV)/bin
 PIP = $(BIN)/python -m pip install $(addprefix -c ,$(CONSTRAINTS))
 STAMP := $(VENV)/installed
 
-.PHONY: demo test lint clean
+# GPTQModel pins other versions than ours, so it has its own environment; torch is the one of the constraints file.
+CONSUMERS := .venv-consumers
+CONSUMERS_PIP := $(CONSUMERS)/bin/python -m pip install
+
+.PHONY: demo test lint consumers clean
 
 demo: $(STAMP)
 	HF_HUB_OFFLINE=1 $(BIN)/qlora-pipe run examples/smollm2.yaml
@@ -33,6 +38,11 @@ lint: $(STAMP)
 test: lint
 	HF_HUB_OFFLINE=1 TQDM_DISABLE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
+# GPTQModel wants at least two workers, and on two cores gives itself one.
+consumers: $(CONSUMERS)/installed
+	HF_HUB_OFFLINE=1 TQDM_DISABLE=1 OMP_NUM_THREADS=1 GPTQMODEL_CPU_WORKERS=2 \
+		$(CONSUMERS)/bin/python -m pytest tests/consumers/test_gptqmodel.py
+
 bench-%: $(STAMP)
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/$*.py $(ARGS)
 
@@ -45,6 +55,12 @@ $(STAMP): pyproject.toml constraints.txt requirements-data.txt
 	$(BIN)/python -m pip install --no-deps -r requirements-data.txt
 	touch $@
 
+$(CONSUMERS)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV_FLAGS) $(CONSUMERS)
+	$(CONSUMERS_PIP) $(addprefix --extra-index-url ,$(TORCH_INDEX_URL)) $(shell grep '^torch==' constraints.txt)
+	$(CONSUMERS_PIP) -e '.[dev,gptq]'
+	touch $@
+
 clean:
-	rm -rf $(VENV) build *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(CONSUMERS) build *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

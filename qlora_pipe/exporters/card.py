@@ -79,7 +79,7 @@ def write_card(folder: Path, origin: Origin, said: Mapping[str, Any], recovery: 
         *([f"base_model: {origin.model}"] if origin.hub else []),
         *([f"license: {origin.license}"] if origin.license else []),
         *("---", "", f"# {_TITLES[kind].format(origin.name)}", ""),
-        f"Base: `{origin.model}`, files of identity `{origin.identity}`; "
+        f"Base: `{origin.model if origin.hub else origin.name}`, files of identity `{origin.identity}`; "
         + (f"its config.json states the licence {origin.license}." if origin.license else "it states no licence."),
         *("", "## What it is", "", *(f"- {fact}" for fact in _facts(kind, origin, said, recovery))),
         *("", "## Loading it", "", f"It needs {_NEEDS.get(kind, 'transformers')}{' and qlora_pipe' if ours else ''}."),
@@ -100,7 +100,8 @@ def _facts(kind: str, origin: Origin, said: Mapping[str, Any], recovery: Mapping
             f"token on {recovery['tokens']} tokens, on the {recovery['base']} model."
         )
         if kind == "peft":
-            yield "Its factors are the trained ones, bit for bit" + ("." if said["exact"] else ", B times the scale.")
+            how = "bit for bit" if said["exact"] else "B multiplied by the scale"
+            yield f"Its factors are the trained ones, {how}."
         else:
             yield f"Weights: {said['weights']}, stored in {said['dtype']}."
     elif "codes" in said:
