@@ -3,7 +3,8 @@
 # make lint     lint and types only
 # make test-triton  the CUDA kernels in Triton's interpreter, in an environment of their own of 1 GB more
 # make bench-X  benchmarks/X.py, ours beside a peer
-# make clean    remove the environment and the caches; run folders stay
+# make consumers  what we export, loaded by GPTQModel, in an environment of its own (built from source: minutes)
+# make clean    remove the environments and the caches; run folders stay
 
 PYTHON ?= python3
 # More flags of `python -m venv`; --system-site-packages keeps a torch that is already installed.
@@ -21,7 +22,11 @@ TRITON := .venv-triton
 PIP = $(BIN)/python -m pip install $(addprefix -c ,$(CONSTRAINTS))
 STAMP := $(VENV)/installed
 
-.PHONY: demo test test-triton lint clean
+# GPTQModel pins other versions than ours, so it has its own environment; torch is the one of the constraints file.
+CONSUMERS := .venv-consumers
+CONSUMERS_PIP := $(CONSUMERS)/bin/python -m pip install
+
+.PHONY: demo test test-triton lint consumers clean
 
 demo: $(STAMP)
 	HF_HUB_OFFLINE=1 $(BIN)/qlora-pipe run examples/smollm2.yaml
@@ -43,6 +48,11 @@ test-triton: $(STAMP)
 	$(TRITON)/bin/python -m pip install --no-deps 'triton>=3.4'
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(TRITON)/bin/python -m pytest tests/kernels
 
+# GPTQModel wants at least two workers, and on two cores gives itself one.
+consumers: $(CONSUMERS)/installed
+	HF_HUB_OFFLINE=1 TQDM_DISABLE=1 OMP_NUM_THREADS=1 GPTQMODEL_CPU_WORKERS=2 \
+		$(CONSUMERS)/bin/python -m pytest tests/consumers/test_gptqmodel.py
+
 bench-%: $(STAMP)
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/$*.py $(ARGS)
 
@@ -55,6 +65,12 @@ $(STAMP): pyproject.toml constraints.txt requirements-data.txt
 	$(BIN)/python -m pip install --no-deps -r requirements-data.txt
 	touch $@
 
+$(CONSUMERS)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV_FLAGS) $(CONSUMERS)
+	$(CONSUMERS_PIP) $(addprefix --extra-index-url ,$(TORCH_INDEX_URL)) $(shell grep '^torch==' constraints.txt)
+	$(CONSUMERS_PIP) -e '.[dev,gptq]'
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(TRITON) build *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(TRITON) $(CONSUMERS) build *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

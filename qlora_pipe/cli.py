@@ -123,6 +123,19 @@ def verify(path: Path) -> None:
         click.echo(line)
 
 
+@main.command(name="check-consumers")
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--json", "file", type=click.Path(path_type=Path), help="Write the findings to this file too.")
+def consumers(run: Path, file: Path | None) -> None:
+    """Load what RUN exported with the libraries it is for, and compare logits. Exit code 1 if any differs."""
+    from qlora_pipe.consumers import show_consumers
+
+    table, holds = show_consumers(run, file)
+    click.echo(table)
+    if not holds:
+        raise click.exceptions.Exit(1)
+
+
 @main.command()
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--json", "table", type=click.Path(path_type=Path), help="Write every vertex of the curve to this file.")

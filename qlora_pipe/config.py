@@ -152,6 +152,10 @@ class Recover(Section):
         return tuple(sorted({0.0, *value}))
 
 
+IntegerFormat = Literal["compressed-tensors", "gptq", "gptq_v2"]
+"""Formats of other tools for the integer model; the folder of each has its name."""
+
+
 class Export(Section):
     """Which folders other tools load."""
 
@@ -160,7 +164,17 @@ class Export(Section):
     small: bool = Field(
         True, description="the pruned and trained model; of unequal widths, or with prune.bias, only we load it"
     )
+    integer: tuple[IntegerFormat, ...] | None = Field(
+        None,
+        description="formats of the integer model, of compressed-tensors, gptq and gptq_v2; null: compressed-tensors, "
+        "which keeps it exactly, if that can hold it; []: none",
+    )
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="of exported dense weights")
+
+    @field_validator("integer")
+    @classmethod
+    def _once_each(cls, value: tuple[IntegerFormat, ...] | None) -> tuple[IntegerFormat, ...] | None:
+        return value if value is None else tuple(dict.fromkeys(value))
 
 
 class Evaluate(Section):
@@ -244,6 +258,15 @@ class Config(Section):
             raise ValueError(
                 "compact.warm_start goes on from a new adapter, and train.low_rank: trained makes none: set "
                 "compact.warm_start to false, or train.low_rank to frozen"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _integer_formats_have_a_model(self) -> "Config":
+        if self.export.integer and not self.compact.enabled:
+            raise ValueError(
+                f"export.integer: {self.export.integer[0]} is a format of the integer model, which compact.enabled: "
+                "false leaves out: set it to true, or export.integer to []"
             )
         return self
 

@@ -10,8 +10,9 @@ from prune.groups import PRUNED_AXIS, LayerShape, shape_of
 from qlora_pipe import layouts
 from qlora_pipe.architectures import Architecture, linear_name
 from qlora_pipe.artifacts.layout import DTYPE_BYTES, SHARD_BYTES, entry_bytes, folder_files
-from qlora_pipe.config import Config
+from qlora_pipe.config import Config, IntegerFormat
 from qlora_pipe.errors import ConfigError
+from qlora_pipe.integer_formats import chosen
 from qlora_pipe.reading import read_by
 from qlora_pipe.rules import Narrowed, bits_of, narrow
 from qlora_pipe.units import parse_budget
@@ -125,6 +126,16 @@ class Known:
     def integers(self) -> layouts.Tensors:
         return layouts.integers(self.small, self.dtypes, self.config.compact, self.integer_bits)
 
+    @cached_property
+    def integer_formats(self) -> dict[IntegerFormat, str | None]:
+        """Formats of other tools for the integer model: None for one that is written, else why it is left out."""
+        return chosen(self.architecture, self.small, self.config, self.integer_bits)
+
+    def exported_integers(self, name: IntegerFormat) -> layouts.Tensors:
+        """The integer model in a format of other tools."""
+        layout = layouts.compressed_tensors if name == "compressed-tensors" else layouts.gptq
+        return layout(self.small, self.config.export.dtype, self.config.compact, self.integer_bits)
+
     def compensation(self) -> layouts.Tensors:
         """Slot C."""
         return layouts.adapter(self.small, self.config.align.rank)
@@ -182,7 +193,9 @@ class Known:
                 "merged/model": config.export.merged and layouts.dense(self.architecture, config.export.dtype),
                 "small/model": config.export.small and layouts.dense(self.small, config.export.dtype),
             }
-            return {path: layout for path, layout in wanted.items() if layout}
+            formats = [name for name, reason in self.integer_formats.items() if reason is None]
+            integers = {f"{name}/model": self.exported_integers(name) for name in formats}
+            return {path: layout for path, layout in wanted.items() if layout} | integers
         return {}
 
     def files(self, stage: str) -> dict[str, int]:

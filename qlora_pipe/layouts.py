@@ -7,7 +7,7 @@ from qlora_pipe.architectures import EMBEDDING, HEAD, SITES, Architecture, covar
 from qlora_pipe.artifacts.layout import DTYPE_BYTES, DTYPE_CODE, TensorSpec
 from qlora_pipe.config import Calibrate
 from qlora_pipe.config_training import Compact
-from quant.storage import Choice, PackedShape, packed_columns
+from quant.storage import WORD_BITS, Choice, PackedShape, packed_columns
 
 Tensors = dict[str, TensorSpec]
 
@@ -140,6 +140,37 @@ def integers(
         if role in architecture.biased:
             found[f"{name}.bias"] = TensorSpec("F32", (rows,))
     return found
+
+
+def compressed_tensors(architecture: Architecture, dtype: str, settings: Compact, bits: Mapping[str, int]) -> Tensors:
+    """The same in the names and packing of compressed-tensors; `dtype`, a torch dtype's name, is of all that is
+    neither a code nor a step."""
+    found = _unquantised(architecture, dtype)
+    for name, (rows, columns) in architecture.linear_shapes().items():
+        found[f"{name}.weight_packed"] = TensorSpec("I32", (rows, -(-columns * bits[name] // WORD_BITS)))
+        found[f"{name}.weight_scale"] = TensorSpec("F32", (rows, columns // settings.group_size))
+        found[f"{name}.weight_shape"] = TensorSpec("I64", (2,))
+    return found
+
+
+def gptq(architecture: Architecture, dtype: str, settings: Compact, bits: Mapping[str, int]) -> Tensors:
+    """The same as a GPTQ checkpoint, of either version: steps and biases in fp16, matrices transposed."""
+    found = _unquantised(architecture, dtype)
+    for name, (rows, columns) in architecture.linear_shapes().items():
+        groups, width = columns // settings.group_size, bits[name]
+        found[f"{name}.qweight"] = TensorSpec("I32", (columns * width // WORD_BITS, rows))
+        found[f"{name}.qzeros"] = TensorSpec("I32", (groups, rows * width // WORD_BITS))
+        found[f"{name}.scales"] = TensorSpec("F16", (groups, rows))
+        found[f"{name}.g_idx"] = TensorSpec("I32", (columns,))
+        if f"{name}.bias" in found:
+            found[f"{name}.bias"] = TensorSpec("F16", (rows,))
+    return found
+
+
+def _unquantised(architecture: Architecture, dtype: str) -> Tensors:
+    """A plain checkpoint without the weights of linear maps."""
+    weights = {f"{name}.weight" for name in architecture.linear_shapes()}
+    return {name: spec for name, spec in dense(architecture, dtype).items() if name not in weights}
 
 
 def dense(architecture: Architecture, dtype: str) -> Tensors:

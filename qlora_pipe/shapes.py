@@ -8,10 +8,11 @@ from qlora_pipe.architectures import Architecture
 from qlora_pipe.config import Config
 from qlora_pipe.config_training import Taught
 from qlora_pipe.errors import ConfigError
+from qlora_pipe.integer_formats import refusal
 from qlora_pipe.known import allowed
 from qlora_pipe.rules import bits_of
 from qlora_pipe.sparsity import check_divides
-from qlora_pipe.widths import narrowed, offered, prunable, small_architecture
+from qlora_pipe.widths import narrowed, offered, prunable, small_architecture, with_biases
 
 
 def check_shapes(architecture: Architecture, config: Config) -> None:
@@ -30,7 +31,7 @@ def check_shapes(architecture: Architecture, config: Config) -> None:
     if not config.compact.enabled:
         return
     names = [name for _, _, name in architecture.linears()]
-    bits_of(names, config.compact.bits, config.compact.rules)
+    bits = bits_of(names, config.compact.bits, config.compact.rules)
     for pruned in (small, *_every_width(architecture, config)):
         for layer, role, _ in pruned.linears():
             columns = shape_of(role, pruned.layers[layer])[1]
@@ -40,6 +41,10 @@ def check_shapes(architecture: Architecture, config: Config) -> None:
                     f"pruned {role} projection; choose a divisor, prune to a multiple of it (prune.align, under "
                     "prune.rounding aligned), or set compact.enabled to false"
                 )
+    for kind in config.export.integer or ():
+        reason = refusal(kind, architecture, with_biases(small, config.prune), config, bits)
+        if reason:
+            raise ConfigError(f"export.integer: {kind} cannot hold the integer model: {reason}")
 
 
 def _every_width(architecture: Architecture, config: Config) -> Iterator[Architecture]:

@@ -113,6 +113,10 @@ class TensorWriter:
             stream.write(flat.view(torch.uint8).numpy().data)
         self._missing.discard(name)
 
+    def missing(self) -> list[str]:
+        """Planned tensors that are not written yet, in the layout's order."""
+        return [name for name in self._places if name in self._missing]
+
     def close(self) -> None:
         """Flush and fsync every file; raises PlanError naming a planned tensor that was never written."""
         for stream in self._streams.values():

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlora_pipe.artifacts.layout import Layout
+from qlora_pipe.artifacts.layout import Layout, TensorSpec
 from qlora_pipe.artifacts.tensors import TensorWriter, torch_dtype_of
 from qlora_pipe.errors import WeightError
 from qlora_pipe.sources import is_tokenizer
@@ -30,12 +30,18 @@ def write_dense(
     """
     with TensorWriter(folder, layout) as writer:
         for name, spec in layout.items():
-            tensor = read(name).to(torch_dtype_of(spec.dtype))
-            if not torch.isfinite(torch.stack(torch.aminmax(tensor))).all():
-                raise WeightError(f"tensor {name} overflows {dtype}; set export.dtype to bfloat16 or float32")
-            writer.write(name, tensor)
-            del tensor  # before the next one is read
+            writer.write(name, converted(read, name, spec))
     write_settings(folder, config | {"dtype": dtype}, base)
+
+
+def converted(read: Callable[[str], Tensor], name: str, spec: TensorSpec) -> Tensor:
+    """A tensor in the dtype of `spec`; WeightError if it overflows that."""
+    dtype = torch_dtype_of(spec.dtype)
+    tensor = read(name).to(dtype)
+    if not torch.isfinite(torch.stack(torch.aminmax(tensor))).all():
+        kind = str(dtype).removeprefix("torch.")
+        raise WeightError(f"tensor {name} overflows {kind}; set export.dtype to bfloat16 or float32")
+    return tensor
 
 
 def write_settings(folder: Path, config: dict[str, Any], base: Path) -> None:

@@ -1,4 +1,4 @@
-"""export: the PEFT adapter of the full model, the merged full model, the small model."""
+"""export: the PEFT adapter of the full model, the merged full model, the small model, dense and as integers."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -9,9 +9,13 @@ from torch import Tensor
 from qlora_pipe import layouts
 from qlora_pipe.architectures import Architecture
 from qlora_pipe.artifacts.tensors import TensorReader
+from qlora_pipe.config import IntegerFormat
+from qlora_pipe.exporters.card import Origin, histogram, write_card
+from qlora_pipe.exporters.compressed_tensors import write_compressed_tensors
 from qlora_pipe.exporters.dense import write_dense
+from qlora_pipe.exporters.gptq import write_gptq
 from qlora_pipe.exporters.peft import write_peft
-from qlora_pipe.sources import base_name, read_config
+from qlora_pipe.sources import base_name, find_model, read_config
 from qlora_pipe.stages.base import Context, Stage
 from qlora_pipe.stages.compact import compact_strength
 from qlora_pipe.stages.models import compensated_weight, integer_weight, sliced_base_weight
@@ -34,7 +38,8 @@ def run(context: Context) -> None:
     config, known = context.config, context.known
     base_config = read_config(context.base)
     exported: dict[str, Any] = {}
-    scale = context.read_json("recover", "recovery.json")["scale"]
+    recovery = context.read_json("recover", "recovery.json")
+    scale = recovery["scale"]
     if config.export.peft:
         (context.out / "peft").mkdir()
         write_peft(
@@ -58,7 +63,30 @@ def run(context: Context) -> None:
         base = "original weights" if config.train.base == "original" else f"{quantised} + L1 L2"
         trained = _COMPACT[config.compact.method] if config.compact.enabled else f"{base} + {slots}"
         exported["small"] = {"weights": trained, "dtype": config.export.dtype}
+    for name, reason in known.integer_formats.items():
+        exported[name] = _integer_model(context, name) if reason is None else {"left_out": reason}
     context.write_json("export.json", exported)
+    origin = _origin(context)
+    for folder, said in exported.items():
+        if "left_out" not in said:
+            write_card(context.out / folder, origin, said, recovery)
+
+
+def _origin(context: Context) -> Origin:
+    """What the cards of all folders say alike."""
+    known, source = context.known, context.inputs["source"]
+    allocation = context.read_json("allocate", "allocation.json")
+    return Origin(
+        model=context.config.model,
+        hub=find_model(context.config.model).kind == "hub",
+        license=context.read_json("source", "source.json")["license"],
+        identity=source.manifest.inputs["model"],
+        budget=context.config.decompose.budget,
+        bits_per_weight=allocation["bits_per_weight"],
+        gap=allocation["gap"],
+        bits=histogram(choice.bits for choice in known.allocation.values()),
+        integer_bits=histogram(known.integer_bits.values()) if context.config.compact.enabled else {},
+    )
 
 
 def _dense(context: Context, folder: str, read: Read, config: dict[str, Any]) -> None:
@@ -68,6 +96,27 @@ def _dense(context: Context, folder: str, read: Read, config: dict[str, Any]) ->
     dtype = context.config.export.dtype
     layout = layouts.dense(architecture, dtype)
     write_dense(context.out / folder, layout, read, config=config, base=context.base, dtype=dtype)
+
+
+def _integer_model(context: Context, name: IntegerFormat) -> dict[str, Any]:
+    """Write the integer model in a format of other tools; what is to be said of it."""
+    known, settings, reader = context.known, context.config, context.reader("compact")
+    (context.out / name).mkdir()
+    shared: dict[str, Any] = {
+        "bits": {name: known.integer_bits[name] for _, _, name in known.small.linears()},
+        "group_size": settings.compact.group_size,
+        "config": small_settings(context, {}),
+        "base": context.base,
+        "dtype": settings.export.dtype,
+    }
+    layout = known.exported_integers(name)
+    weights = f"{settings.compact.method.upper()} integers, packed"
+    said = {"weights": weights, "codes": "as trained", "dtype": settings.export.dtype}
+    if name == "compressed-tensors":
+        write_compressed_tensors(context.out / name, layout, reader.read, **shared)
+        return said | {"steps": "float32, as trained", "exact": settings.export.dtype == "float32"}
+    largest = write_gptq(context.out / name, layout, reader.read, version=name, **shared)
+    return said | {"steps": "float16", "largest_change_of_a_step": largest, "exact": largest == 0}
 
 
 def _merged(context: Context, factor: float) -> Read:

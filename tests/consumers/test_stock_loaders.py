@@ -2,15 +2,20 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from tiny import save_settings, save_texts, save_tiny_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+import qlora_pipe.consumers
+from qlora_pipe.cli import main
 from qlora_pipe.compile import compile_model
 from qlora_pipe.config_file import load
 from qlora_pipe.events import Reporter
@@ -89,3 +94,49 @@ def test_exported_folders_bring_their_tokenizer(run: Path) -> None:
     for folder in ("export/merged", "export/small", "decompose"):
         tokenizer = AutoTokenizer.from_pretrained(run / folder)
         assert tokenizer.decode(tokenizer("the 3rd word").input_ids) == "the 3rd word"
+
+
+def test_the_command_that_checks_them(run: Path, tmp_path: Path) -> None:
+    if "llama" not in run.parent.name:
+        pytest.skip("one family is enough for a command")
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    done = CliRunner().invoke(main, ["check-consumers", str(run), "--json", str(tmp_path / "found.json")])
+    assert done.exit_code == 0, done.output
+    rows = json.loads((tmp_path / "found.json").read_text())
+    readers = {"peft": "peft", "merged": "transformers", "small": "transformers"}
+    assert {row["folder"]: row["reader"] for row in rows} == readers | {"compressed-tensors": "compressed-tensors"}
+    assert all(row["folder"] in done.output and row["difference"] <= row["tolerance"] == 1e-4 for row in rows)
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+
+
+@pytest.mark.parametrize(
+    ("tensor", "says"),
+    [
+        ("model.norm.weight", "DIFFERS"),
+        ("model.layers.1.mlp.up_proj.weight_packed", "DIFFERS: codes of model.layers.1"),
+    ],
+)
+def test_the_command_sees_what_differs(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tensor: str, says: str
+) -> None:
+    if "llama" not in run.parent.name:
+        pytest.skip("one family is enough for a command")
+    shutil.copytree(run, tmp_path / "run", symlinks=True)
+    file = tmp_path / "run/export/compressed-tensors/model.safetensors"
+    tensors = load_file(file)
+    tensors[tensor] = tensors[tensor] + 1
+    save_file(tensors, file, {"format": "pt"})
+    # Folders are checked one by one; the one that was changed is enough here.
+    only = {"compressed-tensors": {}}
+    monkeypatch.setattr(qlora_pipe.consumers, "read_json", lambda path: only)
+    done = CliRunner().invoke(main, ["check-consumers", str(tmp_path / "run")])
+    assert done.exit_code == 1, done.output
+    assert says in done.output
+
+
+def test_a_reader_that_is_not_installed_leaves_the_layout(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "llama" not in run.parent.name:
+        pytest.skip("one family is enough for a command")
+    monkeypatch.setattr(qlora_pipe.consumers, "find_spec", lambda name: None)
+    check = qlora_pipe.consumers.Check(qlora_pipe.consumers.open_run(run), run)
+    assert check.verdict("compressed-tensors").note == "layout only"

@@ -244,12 +244,15 @@ class RunBuilder:
         self._json(out, "recover", "recovery.json", body)
 
     def _export(self, out: Path) -> None:
-        for folder in ("peft", "merged", "small"):
+        formats = [name for name, reason in self.known.integer_formats.items() if reason is None]
+        for folder in ("peft", "merged", "small", *formats):
             (out / folder).mkdir()
         peft = layouts.peft_adapter(self.known.architecture, self.config.train.rank)
         self._tensors(out / "peft", peft, "adapter_model")
         self._tensors(out / "merged", layouts.dense(self.known.architecture, "float32"))
         self._tensors(out / "small", layouts.dense(self.known.small, "float32"))
+        for name in formats:
+            self._tensors(out / name, self.known.exported_integers(name))
 
     def _evaluate(self, out: Path) -> None:
         bits = {"base": 32.0, "full+recovered": 33.9}

@@ -1,19 +1,22 @@
 """The folders that other tools read."""
 
 import json
+import re
 import weakref
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from gptq_reader import read_map, read_stream
 from peft import LoraConfig
 from safetensors.torch import load_file
 from tiny import save_tiny_model
+from tiny_integers import Integers
 from tiny_models import TinyFolder
 from torch import Tensor
 
-from qlora_pipe import layouts
+from qlora_pipe import __version__, layouts
 from qlora_pipe.errors import WeightError
 from qlora_pipe.exporters.dense import write_dense
 from qlora_pipe.exporters.peft import write_peft
@@ -129,3 +132,53 @@ def test_a_weight_that_overflows_is_an_error(
         return
     with pytest.raises(WeightError, match=rf"tensor {name} overflows {dtype}; set export\.dtype to bfloat16"):
         dense(tmp_path, base, read, dtype)
+
+
+@pytest.fixture(scope="module")
+def integers(base: Path) -> Integers:
+    return Integers(base, {"down": 8, "q": 3, "v": 2})
+
+
+@pytest.mark.parametrize("kind", ["compressed-tensors", "gptq", "gptq_v2"])
+def test_codes_are_handed_over_and_all_else_is_as_in_the_model(integers: Integers, tmp_path: Path, kind: str) -> None:
+    change = integers.write(tmp_path, kind, "bfloat16")
+    found, config = load_file(tmp_path / "model.safetensors"), json.loads((tmp_path / "config.json").read_text())
+    assert (config["model_type"], config["dtype"]) == ("llama", "bfloat16")
+    assert (tmp_path / "tokenizer.json").read_bytes() == (integers.base / "tokenizer.json").read_bytes()
+    for name, codes in integers.codes.items():
+        assert f"{name}.weight" not in found
+        width, scale = integers.bits[name], integers.tensors[f"{name}.scale"]
+        if kind == "compressed-tensors":
+            assert (read_stream(found[f"{name}.weight_packed"], width) == codes.numpy()).all()
+            assert torch.equal(found[f"{name}.weight_scale"], scale)
+            continue
+        stored, zeros, weight = read_map(found, name, width, kind)
+        assert (stored == codes.numpy()).all()
+        assert (zeros == 2 ** (width - 1)).all()
+        exact = (codes.double() - 2 ** (width - 1)) * scale.double().repeat_interleave(32, dim=1)
+        torch.testing.assert_close(torch.from_numpy(weight), exact, rtol=2**-11, atol=0)
+    assert change is None or 1e-5 < change <= 2**-11
+    for name in integers.tiny.architecture.others():
+        assert torch.equal(found[name], integers.tiny.reader.read_float(name).bfloat16())
+
+
+@pytest.mark.parametrize("kind", ["gptq", "gptq_v2"])
+def test_gptq_settings_say_what_differs(integers: Integers, tmp_path: Path, kind: str) -> None:
+    integers.write(tmp_path, kind, "float32")
+    settings = json.loads((tmp_path / "quantize_config.json").read_text())
+    assert settings == json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    plain = {key: settings[key] for key in ("bits", "group_size", "sym", "desc_act", "lm_head", "checkpoint_format")}
+    assert list(plain.values()) == [4, 32, True, False, False, kind]
+    assert settings["meta"] == {"quantizer": [f"qlora_pipe:{__version__}"]}
+    for name, width in integers.bits.items():
+        rules = [rule for key, rule in settings["dynamic"].items() if re.match(key.removeprefix("+:"), name)]
+        assert rules == ([{"bits": width}] if width != 4 else [])
+    for other in ("model.layers.1.mlp.down_proj.lora", "model.layers.1.mlp_down_proj"):
+        assert not any(re.match(key.removeprefix("+:"), other) for key in settings["dynamic"])
+
+
+def test_a_step_without_a_half_is_refused(base: Path, tmp_path: Path) -> None:
+    integers, name = Integers(base, {}), "model.layers.1.mlp.up_proj"
+    integers.tensors[f"{name}.scale"][3, 1] = 1e-9
+    with pytest.raises(WeightError, match=f"{name}: float16 has no step for 1e-09; take compressed-tensors"):
+        integers.write(tmp_path, "gptq", "float32")

@@ -238,6 +238,7 @@ def test_files_are_the_layouts(tiny: Architecture) -> None:
         "peft/adapter_model.safetensors": file_bytes(layouts.peft_adapter(tiny, 5)),
         "merged/model.safetensors": file_bytes(layouts.dense(tiny, "float32")),
         "small/model.safetensors": file_bytes(layouts.dense(known.small, "float32")),
+        "compressed-tensors/model.safetensors": file_bytes(known.exported_integers("compressed-tensors")),
     }
     for stage in ("source", "score", "allocate", "evaluate"):
         assert known.files(stage) == {}
@@ -264,6 +265,7 @@ def test_what_is_switched_off_is_not_planned(tiny: Architecture) -> None:
 
 def test_tensor_counts_are_those_of_the_layouts(tiny: Architecture) -> None:
     known = knowing(tiny)
+    packed = len(known.exported_integers("compressed-tensors"))
     expected = {
         "calibrate": len(known.moments()),
         "decompose": len(known.decomposed()),
@@ -271,7 +273,7 @@ def test_tensor_counts_are_those_of_the_layouts(tiny: Architecture) -> None:
         "train": len(known.adapter()),
         "compact": len(known.integers()) + len(known.compact_adapter()),
         "recover": len(known.full_adapter()) + len(known.full_compact_adapter()),
-        "export": len(layouts.peft_adapter(tiny, 5)) + len(tiny.tensors()) + len(known.small.tensors()),
+        "export": len(layouts.peft_adapter(tiny, 5)) + len(tiny.tensors()) + len(known.small.tensors()) + packed,
     }
     assert {stage: known.tensor_count(stage) for stage in CHAIN} == dict.fromkeys(CHAIN, 0) | expected
 

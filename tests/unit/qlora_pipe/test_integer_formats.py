@@ -1,0 +1,104 @@
+"""Which formats hold the integer model, and what is said of those that do not, before anything runs."""
+
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from qlora_pipe.architectures import from_config
+from qlora_pipe.artifacts.layout import file_bytes
+from qlora_pipe.config import Config
+from qlora_pipe.errors import ConfigError
+from qlora_pipe.known import Known, estimate_allocation
+from qlora_pipe.shapes import check_shapes
+
+QWEN = {
+    "model_type": "qwen2",
+    "hidden_size": 64,
+    "intermediate_size": 192,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 260,
+    "tie_word_embeddings": True,
+}
+PRUNE = {"kv_ratio": 0.0, "ffn_ratio": 0.3, "align": 32}
+ALLOCATED = {"ratio": 0.2, "widths": "allocated", "align": 32}
+
+
+def knowing(**changes: Any) -> Known:
+    settings: dict[str, Any] = {"prune": PRUNE, "compact": {"group_size": 32}} | changes
+    body = {
+        "model": "owner/name",
+        "data": {"calibration": "a.txt", "task": "b.txt"},
+        "decompose": {"bits": (2, 4), "block_sizes": (16, 32), "ranks": (0,), "budget": "6bits"},
+    }
+    config, architecture = Config.model_validate(body | settings), from_config(QWEN)
+    return Known(config, architecture, {}, estimate_allocation(architecture, {}, config), True)
+
+
+def compact(**changes: Any) -> dict[str, Any]:
+    return {"compact": {"group_size": 32} | changes}
+
+
+def prune(**changes: Any) -> dict[str, Any]:
+    return {"prune": PRUNE | changes}
+
+
+CASES: list[tuple[str, dict[str, Any], str]] = [
+    ("every", compact(bits=2), "code 0 of 2 bits stands for half a step.*set compact.offset to zero"),
+    ("every", compact(rules=[{"roles": ["v"], "bits": 2}]), "code 0 of 2 bits stands for half a step"),
+    ("every", compact(offset="half"), "code 0 of 4 bits stands for half a step"),
+    ("every", compact(offset="trained"), "stands for a trained number"),
+    ("every", compact(method="qat-lora"), "no place for the adapter.*set compact.method to l4q"),
+    ("every", compact(method="qa-lora"), "a number that qa-lora trains.*set compact.method to l4q"),
+    ("every", prune(protect_last=1), "may differ in width.*prune.protect_last to 0"),
+    ("every", {"prune": ALLOCATED}, "may differ in width.*prune.widths to uniform"),
+    ("every", prune(bias=True), "a qwen2 model has no place for the biases.*set prune.bias to false"),
+    ("gptq", compact(group_size=8), "groups of 16, 32, 64, .*, not of 8"),
+    ("gptq", prune(align=16, ffn_ratio=0.25) | compact(group_size=16), r"gate_proj is \[144, 64\].*compressed-tensors"),
+]
+
+
+@pytest.mark.parametrize(("which", "changes", "says"), CASES)
+def test_what_cannot_hold_it_is_refused_or_left_out(which: str, changes: dict[str, Any], says: str) -> None:
+    left = knowing(**changes)
+    check_shapes(left.architecture, left.config)
+    for name in ("compressed-tensors", "gptq", "gptq_v2") if which == "every" else ("gptq", "gptq_v2"):
+        asked = knowing(**changes, export={"integer": [name]})
+        with pytest.raises(ConfigError, match=f"export.integer: {name} cannot hold the integer model: .*{says}"):
+            check_shapes(asked.architecture, asked.config)
+    reason = left.integer_formats["compressed-tensors"]
+    assert (reason is None) == (which != "every")
+    assert ("compressed-tensors/model" in left.outputs("export")) == (reason is None)
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, compact(bits=2, offset="zero"), compact(rules=[{"roles": ["down"], "bits": 3}])]
+)
+def test_what_holds_it_is_planned(changes: dict[str, Any]) -> None:
+    known = knowing(**changes, export={"integer": ["gptq", "compressed-tensors", "gptq"], "dtype": "bfloat16"})
+    check_shapes(known.architecture, known.config)
+    assert known.integer_formats == {"gptq": None, "compressed-tensors": None}
+    tensors = known.exported_integers("gptq")
+    assert known.files("export")["gptq/model.safetensors"] == file_bytes(tensors)
+    assert tensors["model.layers.0.self_attn.q_proj.bias"].dtype == "F16"
+    assert tensors["model.norm.weight"].dtype == "BF16"
+    name = "model.layers.1.mlp.down_proj"
+    width, (rows, columns) = known.integer_bits[name], known.small.linear_shapes()[name]
+    paid = {"gptq": width + (16 + width) / 32 + 32 / rows, "compressed-tensors": width + 32 / 32 + 128 / rows / columns}
+    for kind, bits in paid.items():
+        layout = known.exported_integers(kind)
+        stored = sum(spec.nbytes for tensor, spec in layout.items() if tensor.startswith(f"{name}."))
+        assert 8 * stored / rows / columns == pytest.approx(bits)
+
+
+def test_the_default_is_the_exact_one_and_can_be_switched_off() -> None:
+    assert knowing().integer_formats == {"compressed-tensors": None}
+    assert knowing(export={"integer": []}).integer_formats == {}
+    assert knowing(compact={"enabled": False}).integer_formats == {}
+
+
+def test_formats_need_an_integer_model() -> None:
+    with pytest.raises(ValidationError, match=r"gptq is a format of the integer model.*export.integer to \[\]"):
+        knowing(compact={"enabled": False}, export={"integer": ["gptq"]})

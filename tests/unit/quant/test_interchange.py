@@ -1,0 +1,118 @@
+"""Integer weights in the layouts of other tools, against golden words and a reader of one long number."""
+
+import numpy as np
+import pytest
+import torch
+from gptq_reader import read_map, read_stream
+from torch import Tensor
+
+from quant.exceptions import QuantError, ShapeError
+from quant.grid import dequantize, to_signed
+from quant.interchange import compressed_tensors_buffers, dense_stream, gptq_buffers, half_steps, stream_codes
+from quant.pack import pack
+
+WIDTHS = (2, 3, 4, 8)
+GOLDEN = {
+    2: (torch.arange(16) % 4, ["E4E4E4E4"]),
+    3: (torch.arange(32) % 8, ["88FAC688", "C688FAC6", "FAC688FA"]),
+    4: (torch.arange(8), ["76543210"]),
+    8: (torch.arange(1, 5), ["04030201"]),
+}
+ZEROS = {
+    2: (["55555555"] * 2, ["AAAAAAAA"] * 2),
+    3: (["DB6DB6DB", "B6DB6DB6", "6DB6DB6D"], ["24924924", "49249249", "92492492"]),
+    4: (["77777777"] * 4, ["88888888"] * 4),
+    8: (["7F7F7F7F"] * 8, ["80808080"] * 8),
+}
+
+
+def hexadecimal(words: Tensor) -> list[str]:
+    return [f"{word % 2**32:08X}" for word in words.tolist()]
+
+
+def random_map(bits: int, rows: int, columns: int, group: int = 32) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes, their words as we pack them, and steps that fp16 rounds."""
+    generator = torch.Generator().manual_seed(bits)
+    codes = torch.randint(2**bits, (rows, columns), generator=generator, dtype=torch.uint8)
+    return codes, pack(codes, bits), torch.rand(rows, columns // group, generator=generator) * 0.01 + 1e-3
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_golden_words(bits: int) -> None:
+    codes, words = GOLDEN[bits]
+    packed = pack(codes.to(torch.uint8)[None], bits)
+    assert hexadecimal(dense_stream(packed, bits, len(codes))[0]) == words
+    steps = torch.ones(32, 1).half()
+    for zeros, shift in zip(ZEROS[bits], (1, 0), strict=True):
+        found = gptq_buffers(pack(torch.zeros(32, 32, dtype=torch.uint8), bits), steps, bits, 32, shift)
+        assert hexadecimal(found["qzeros"][0]) == zeros
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+@pytest.mark.parametrize("columns", [1, 32, 43, 96])
+def test_the_stream_is_one_long_number(bits: int, columns: int) -> None:
+    codes, words, _ = random_map(bits, 5, columns, group=1)
+    stream = dense_stream(words, bits, columns)
+    assert stream.dtype == torch.int32
+    assert stream.shape == (5, -(-columns * bits // 32))
+    for row, expected in zip(stream.tolist(), codes.tolist(), strict=True):
+        number = sum((word % 2**32) << 32 * place for place, word in enumerate(row))
+        assert number == sum(code << bits * place for place, code in enumerate(expected))
+    assert torch.equal(stream_codes(stream, bits, columns), codes)
+    with pytest.raises(ShapeError, match=f"{columns + 32} codes of {bits} bits do not take {stream.shape[1]} words"):
+        stream_codes(stream, bits, columns + 32)
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_compressed_tensors_keeps_codes_and_steps(bits: int) -> None:
+    codes, words, scale = random_map(bits, 6, 96)
+    found = compressed_tensors_buffers(words, scale, bits, 32)
+    assert found["weight_shape"].tolist() == [6, 96]
+    assert torch.equal(found["weight_scale"], scale)
+    assert (read_stream(found["weight_packed"], bits)[:, :96] == codes.numpy()).all()
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_gptq_gives_the_weights_of_its_steps(bits: int) -> None:
+    codes, words, scale = random_map(bits, 64, 96)
+    steps, change = half_steps(words, scale, bits, 32)
+    expected = dequantize(to_signed(codes, bits), steps.double(), None)
+    for version, shift in (("gptq", 1), ("gptq_v2", 0)):
+        stored = gptq_buffers(words, steps, bits, 32, shift)
+        assert stored["qweight"].shape == (96 * bits // 32, 64)
+        assert stored["g_idx"].tolist() == [column // 32 for column in range(96)]
+        found, zeros, weight = read_map({f"x.{key}": value for key, value in stored.items()}, "x", bits, version)
+        assert (found == codes.numpy()).all()
+        assert (zeros == 2 ** (bits - 1)).all()
+        assert (weight == expected.numpy()).all()
+    relative = np.abs(steps.double().numpy() / scale.double().numpy() - 1)
+    assert change == pytest.approx(relative.max(), rel=1e-3)
+    assert 1e-5 < change < 2**-11 + 1e-6
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_versions_that_are_confused_shift_every_weight_by_one_step(bits: int) -> None:
+    _, words, scale = random_map(bits, 32, 64)
+    steps = half_steps(words, scale, bits, 32)[0]
+    stored = {f"x.{key}": value for key, value in gptq_buffers(words, steps, bits, 32, 0).items()}
+    right, wrong = (read_map(stored, "x", bits, version)[2] for version in ("gptq_v2", "gptq"))
+    assert (right - wrong == steps.double().repeat_interleave(32, dim=1).numpy()).all()
+
+
+def test_steps_that_do_not_fit_are_refused_where_they_count() -> None:
+    codes = torch.full((2, 64), 8, dtype=torch.uint8)
+    scale = torch.full((2, 2), 1e-8)
+    assert half_steps(pack(codes, 4), scale, 4, 32)[1] == 0.0
+    codes[1, 40] = 9
+    with pytest.raises(QuantError, match="float16 has no step for 1e-08"):
+        half_steps(pack(codes, 4), scale, 4, 32)
+    scale[1, 1], scale[0, 0] = 1e-3, 7e4
+    with pytest.raises(QuantError, match="float16 has no step for 70000"):
+        half_steps(pack(codes, 4), scale, 4, 32)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(48, 32), (32, 48)])
+def test_sides_that_gptq_cannot_have(rows: int, columns: int) -> None:
+    _, words, scale = random_map(4, rows, columns, group=16)
+    with pytest.raises(ShapeError, match=rf"multiples of 32, found \[{rows}, {columns}\]"):
+        gptq_buffers(words, scale.half(), 4, 16, 1)
