@@ -32,6 +32,7 @@ from qlora_pipe.plan import know
 from qlora_pipe.report.facts import read_json
 from qlora_pipe.report.table import render
 from qlora_pipe.sources import BASE_LINK
+from qlora_pipe.stages import compact, export, recover
 from qlora_pipe.stages.base import Context
 from qlora_pipe.stages.compact import compact_model
 from qlora_pipe.stages.models import base_model, decomposed_model, task_model, with_adapter
@@ -81,7 +82,7 @@ def check_consumers(run: Path) -> Iterator[Verdict]:
 
     Peak bytes: as evaluate, in this process and in the reader's, one after the other. Writes nothing into the run.
     """
-    check = Check(open_run(run), run)
+    check = Check(open_run(run), run, load(run / "config.yaml").dtype)
     for name, said in (read_json(run / "export" / "export.json") or {}).items():
         if "left_out" not in said:
             yield check.verdict(name)
@@ -93,7 +94,18 @@ def open_run(run: Path) -> Context:
     for name in artifacts["export"].manifest.inputs:
         if name in CHAIN and artifacts["export"].manifest.inputs[name] != artifacts[name].identity:
             raise ArtifactError(f"{run / 'export'}: it was made from another {name}; run the chain again")
-    config = load(run / "config.yaml").model_copy(update={"run": str(run), "device": "cpu", "dtype": "float32"})
+    written = load(run / "config.yaml")
+    for stage in (compact.STAGE, recover.STAGE, export.STAGE):
+        made = artifacts[stage.name].manifest.settings
+        # A run that is looked at from another folder calls its base by another path.
+        wanted = {key: value for key, value in stage.settings(written).items() if key != "base_name"}
+        changed = [key for key, value in wanted.items() if made.get(key) != value]
+        if changed:
+            raise ArtifactError(
+                f"{run / stage.name}: it was made with other settings than config.yaml has ({', '.join(changed)}); run "
+                "the chain again"
+            )
+    config = written.model_copy(update={"run": str(run), "device": "cpu", "dtype": "float32"})
     base = (run / BASE_LINK).resolve()
     context = Context(config, know(config, base), base, artifacts, run, run, Reporter(stream=sys.stderr))
     allocation = read_allocation(context.read_json("allocate", "allocation.json"))
@@ -103,10 +115,11 @@ def open_run(run: Path) -> Context:
 
 @dataclass
 class Check:
-    """One run, and the logits of its models as they are asked for."""
+    """One run, the dtype it computed in, and the logits of its models as they are asked for."""
 
     context: Context
     run: Path
+    dtype: str
 
     def verdict(self, name: str) -> Verdict:
         """What is to be said of the folder `name`."""
@@ -145,7 +158,11 @@ class Check:
         return self._logits(self._recovered("original"))
 
     def _dtype(self, name: str) -> str:
-        return "float32" if name == "peft" else self.context.config.export.dtype
+        """The coarsest on the way; original weights are merged in that of the run."""
+        config = self.context.config
+        merged = name == "small" and config.train.base == "original" and not config.compact.enabled
+        dtypes = () if name == "peft" else (config.export.dtype, *([self.dtype] if merged else []))
+        return max(dtypes, key=lambda dtype: TOLERANCE[dtype], default="float32")
 
     def _own(self, name: str) -> Tensor:
         """Logits [tokens, vocabulary] of the pipeline's own model."""

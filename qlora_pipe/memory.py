@@ -119,8 +119,8 @@ def _work(stage: str, known: Known) -> _Work:
     packed = layouts.tensor_bytes(known.pruned())
     if stage == "align" and config.align.enabled:
         asking, targets = _teaching(known, config.align)
-        batch = batch_bytes(known, small, config.align.rank, config.align)
-        return _Work(max(asking, targets + packed + _TRAINED_COPIES * compensation + batch), stream)
+        training = packed + _TRAINED_COPIES * compensation + batch_bytes(known, small, config.align.rank, config.align)
+        return _beside(max(asking, training), targets, stream, known)
     if stage == "train":
         rank = config.train.rank
         if config.train.low_rank == "trained":
@@ -128,19 +128,28 @@ def _work(stage: str, known: Known) -> _Work:
         asking, targets = _teaching(known, config.train)
         under = dense_bytes(known, small) if config.train.base == "original" else packed + compensation
         training = under + _TRAINED_COPIES * adapter + batch_bytes(known, small, rank, config.train)
-        return _Work(max(asking, targets + training), stream)
+        return _beside(max(asking, training), targets, stream, known)
     if stage == "compact" and config.compact.enabled:
         batch = batch_bytes(known, small, known.compact_rank(), config.compact)
         feedback = any(config.compact_init(bits) == "feedback" for bits in known.integer_bits.values())
         starting = matrix + (_starting(known) if feedback else 0)
         asking, targets = _teaching(known, config.compact)
         trained = _integers_trained(known)
-        training = targets + _frozen(known) + max(starting, _TRAINED_COPIES * trained + batch)
-        return _Work(max(asking + trained, training, _blocks(known, trained, starting)), stream)
+        training = _frozen(known) + max(starting, _TRAINED_COPIES * trained + batch)
+        tuned = trained if config.compact.block_rows else 0
+        # What blocks were tuned to waits on the host, as do a teacher's tokens after that.
+        if config.device != "cpu":
+            return _Work(max(asking, training, _blocks(known, 0, trained, starting)), stream + tuned + targets)
+        return _Work(max(targets + max(asking + tuned, training), _blocks(known, tuned, trained, starting)), stream)
     if stage in ("recover", "evaluate"):
         passing = passing_bytes(full, EVALUATION_TOKENS) + head_bytes(known, EVALUATION_TOKENS)
         return _Work(rebuilt_bytes(dense_bytes(known, full), known) + full_adapter + passing, stream)
     return _Work(0, stream if stage == "export" else 0)
+
+
+def _beside(work: int, kept: int, stream: int, known: Known) -> _Work:
+    """Work on the device beside bytes that are kept on the host in any case."""
+    return _Work(work + kept, stream) if known.config.device == "cpu" else _Work(work, stream + kept)
 
 
 def _calibration(known: Known) -> int:
@@ -168,8 +177,8 @@ def _calibration(known: Known) -> int:
 
 
 def _teaching(known: Known, settings: Taught) -> tuple[int, int]:
-    """While the teacher is asked: embedding and head, one layer and a pass through it; and what stays, 8 bytes for each
-    likely token. Nothing without a teacher."""
+    """While the teacher is asked: embedding and head, one layer and a pass through it; and what stays on the host,
+    8 bytes for each likely token. Nothing without a teacher."""
     full = known.architecture
     if not settings.asks:
         return 0, 0
@@ -179,7 +188,7 @@ def _teaching(known: Known, settings: Taught) -> tuple[int, int]:
     together = min(tokens, max(CALIBRATION_TOKENS, settings.length))
     targets = 8 * settings.top * tokens
     working = max(passing_bytes(full, together), head_bytes(known, together))
-    return number_bytes(known) * (outer + layer) + working + targets, targets
+    return number_bytes(known) * (outer + layer) + working, targets
 
 
 def _refinement(known: Known) -> int:
@@ -199,16 +208,17 @@ def _refinement(known: Known) -> int:
     return max(blocks, packed + dense_bytes(known, full) + tuned + pass_bytes(known, full, settings, 0))
 
 
-def _blocks(known: Known, trained: int, starting: int) -> int:
-    """While the small model is tuned by blocks: embedding and head and one layer of it, twice, all that is `trained`,
-    and of one layer its optimiser state and a pass through it, or before that `starting`. Nothing without that part."""
+def _blocks(known: Known, tuned: int, trained: int, starting: int) -> int:
+    """While the small model is tuned by blocks: embedding and head and one layer of it, twice, what comes of all layers
+    (`tuned`), and of one layer, out of all that is `trained`, its optimiser state, a copy of its start and a pass
+    through it, or before that `starting`. Nothing without that part."""
     small, settings = known.small, known.config.compact
     if not settings.block_rows:
         return 0
     outer = number_bytes(known) * sum(math.prod(shape) for shape in small.others().values())
     kept = kept_bytes(small, settings.batch_size * settings.length, known)
-    layer = max(_TRAINED_COPIES * trained + kept, starting * len(small.layers))
-    return 2 * outer + trained + (2 * (dense_bytes(known, small) - outer) + layer) // len(small.layers)
+    layer = max((_TRAINED_COPIES + 1) * trained + kept, starting * len(small.layers))
+    return 2 * outer + tuned + (2 * (dense_bytes(known, small) - outer) + layer) // len(small.layers)
 
 
 def _covariances(known: Known) -> int:

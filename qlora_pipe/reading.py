@@ -30,10 +30,10 @@ def read_by(stage: str, config: Config, full_packed: str) -> tuple[str, ...]:
         "select": (full_packed, *(moments or (means if config.prune.measures else ())), *original),
         "prune": (full_packed, *(("source", "calibrate", "select") if sparse else means)),
         "align": (*guided, *aligning),
-        "train": (*under, *(("source",) if config.train.asks and "source" not in under else ())),
+        "train": (*under, *(("source",) if config.train.asks else ())),
         "compact": (*original_small, *first, "train") if compact else (),
-        "recover": ("source", *(first if grid else ()), *small, "train", *grid, *deployed),
+        "recover": ("source", *(first if grid else ()), *under, "train", *grid, *deployed),
         "export": ("source", "recover", *trained, *deployed),
         "evaluate": ("source", full_packed, *small, "train", *compact, "recover"),
     }
-    return found.get(stage, ())
+    return tuple(dict.fromkeys(found.get(stage, ())))

@@ -14,21 +14,25 @@ from quant import grid
 
 _TILE = 2048
 """Weights of a program, about; a group has at least 16, the least side of a tile in a product."""
+_FACTORS = 8192
+"""Numbers of A in a program, at most."""
 _ROUNDS = tl.constexpr(12582912.0)
 """1.5 x 2**23: adding it to a small fp32 number and taking it off again rounds half to even."""
 
 
 def fits(frozen: Tensor, lora_a: Tensor, scale: Tensor) -> bool:
-    """Whether the kernels take these operands: fp32 steps, groups of a power of two from 16 to 256 weights, rank up to
-    256, a dense weight in fp32, fp16 or bf16."""
+    """Whether the kernels take these operands: fp32 steps, groups of a power of two from 16 weights on, a dense weight
+    in fp32, fp16 or bf16, and factors of which a group's part fits a small GPU's shared memory: `_rebuild_kernel` has
+    36,864 bytes at rank 64 and groups of 128 weights, compiled for sm_90."""
     group = frozen.shape[1] // scale.shape[1]
     kinds = (torch.float32, torch.float16, torch.bfloat16)
     return (
         scale.dtype == torch.float32
         and frozen.dtype in kinds
-        and 16 <= group <= 256
+        and group >= 16
         and group & (group - 1) == 0
-        and 1 <= len(lora_a) <= 256
+        and len(lora_a) >= 1
+        and _side(len(lora_a)) * group <= _FACTORS
     )
 
 
@@ -51,7 +55,8 @@ def _quantised(
     else:
         at = step * 0.0
         real = tl.div_rn(merged, tl.broadcast_to(step[:, None], merged.shape))
-    clamped = tl.minimum(tl.maximum(real, LOW), HIGH)
+    nan: tl.constexpr = tl.PropagateNan.ALL
+    clamped = tl.minimum(tl.maximum(real, LOW, propagate_nan=nan), HIGH, propagate_nan=nan)
     return real, (clamped + _ROUNDS) - _ROUNDS, step, at
 
 
@@ -93,14 +98,15 @@ def _pull_back_kernel(
         if HAS_OFFSET:
             value += at[:, None]
         tl.store(w_q + place, value.to(w_q.dtype.element_ty), mask=here)
-    inside = (real > LOW - SLACK) & (real < HIGH + SLACK)
+    # A NaN counts as inside, so that it reaches the gradients.
+    outside = (real <= LOW - SLACK) | (real >= HIGH + SLACK)
     slope = tl.load(grad + place, mask=here, other=0.0)
-    due = tl.sum(slope * (found - tl.where(inside, real, 0.0)), axis=1)
+    due = tl.sum(slope * (found - tl.where(outside, 0.0, real)), axis=1)
     tl.store(grad_scale + row * groups + group, due, mask=row < rows)
     if HAS_OFFSET:
-        outside = tl.sum(tl.where(inside, 0.0, slope), axis=1)
-        tl.store(grad_offset + row * groups + group, outside, mask=row < rows)
-    tl.store(grad + place, tl.where(inside, slope, 0.0), mask=here)
+        clipped = tl.sum(tl.where(outside, slope, 0.0), axis=1)
+        tl.store(grad_offset + row * groups + group, clipped, mask=row < rows)
+    tl.store(grad + place, tl.where(outside, 0.0, slope), mask=here)
 
 
 def codes(
@@ -130,9 +136,10 @@ def pull_back(
     weight: bool,
 ) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None]:
     """As `quant.l4q_rows.pull_back`, the gradient of the sum in `grad`'s place. Peak bytes: W_q."""
-    w_q = torch.empty_like(frozen, dtype=scale.dtype) if weight else None
-    grad_scale = torch.empty_like(scale)
-    grad_offset = None if offset is None else torch.empty_like(scale)
+    # As the kernels write: row by row, whatever the operands' strides.
+    w_q = torch.empty(frozen.shape, dtype=scale.dtype, device=frozen.device) if weight else None
+    grad_scale = torch.empty(scale.shape, dtype=scale.dtype, device=scale.device)
+    grad_offset = None if offset is None else torch.empty_like(grad_scale)
     low, high = grid.bounds(bits)
     launch, operands, sides = _prepared(frozen, lora_a, lora_b, scale, offset)
     _pull_back_kernel[launch](
@@ -158,7 +165,7 @@ def _written(
     alpha: float,
     bits: int,
 ) -> Tensor:
-    out = torch.empty_like(frozen, dtype=dtype)
+    out = torch.empty(frozen.shape, dtype=dtype, device=frozen.device)
     low, high = grid.bounds(bits)
     launch, operands, sides = _prepared(frozen, lora_a, lora_b, scale, offset)
     has = offset is not None
@@ -176,5 +183,10 @@ def _prepared(
     group = columns // groups
     tile = max(16, _TILE // group)
     tensors = [part.contiguous() for part in (frozen, lora_a, lora_b, scale, scale if offset is None else offset)]
-    sides = {"ROWS": tile, "GROUP": group, "RANK": max(16, triton.next_power_of_2(rank)), "enable_fp_fusion": False}
+    sides = {"ROWS": tile, "GROUP": group, "RANK": _side(rank), "enable_fp_fusion": False}
     return (triton.cdiv(rows, tile), groups), (*tensors, rows, columns, groups, rank), sides
+
+
+def _side(rank: int) -> int:
+    """Of a tile of factors."""
+    return max(16, 1 << (rank - 1).bit_length())

@@ -27,9 +27,9 @@ _TITLES = {
     "peft": "an adapter for the full {}",
     "merged": "the full {} with an adapter added",
     "small": "{}, pruned and trained",
-    "compressed-tensors": "{}, pruned, trained as integers, in compressed-tensors",
-    "gptq": "{}, pruned, trained as integers, in GPTQ",
-    "gptq_v2": "{}, pruned, trained as integers, in GPTQ version 2",
+    "compressed-tensors": "{}, pruned, as integers, in compressed-tensors",
+    "gptq": "{}, pruned, as integers, in GPTQ",
+    "gptq_v2": "{}, pruned, as integers, in GPTQ version 2",
 }
 _NEEDS = {
     "peft": "peft and transformers",
@@ -77,7 +77,7 @@ def write_card(folder: Path, origin: Origin, said: Mapping[str, Any], recovery: 
     lines = [
         *("---", f"library_name: {'peft' if kind == 'peft' else 'transformers'}"),
         *([f"base_model: {origin.model}"] if origin.hub else []),
-        *([f"license: {origin.license}"] if origin.license else []),
+        *([f"license: {json.dumps(origin.license)}"] if origin.license else []),
         *("---", "", f"# {_TITLES[kind].format(origin.name)}", ""),
         f"Base: `{origin.model if origin.hub else origin.name}`, files of identity `{origin.identity}`; "
         + (f"its config.json states the licence {origin.license}." if origin.license else "it states no licence."),
@@ -100,12 +100,11 @@ def _facts(kind: str, origin: Origin, said: Mapping[str, Any], recovery: Mapping
             f"token on {recovery['tokens']} tokens, on the {recovery['base']} model."
         )
         if kind == "peft":
-            how = "bit for bit" if said["exact"] else "B multiplied by the scale"
-            yield f"Its factors are the trained ones, {how}."
+            yield f"Its factors: {said['factors']}, {'bit for bit' if said['exact'] else 'B times the scale'}."
         else:
             yield f"Weights: {said['weights']}, stored in {said['dtype']}."
     elif "codes" in said:
-        yield f"Integers: {_listed(origin.integer_bits)}; they are those of the last training step, bit for bit."
+        yield f"Integers: {_listed(origin.integer_bits)}; {said['codes']}, bit for bit."
         if kind == "compressed-tensors":
             yield "Steps are stored in float32 as they were trained; a reader that loads in 16 bits rounds them."
             if 3 in origin.integer_bits:

@@ -34,13 +34,16 @@ def write_dense(
     write_settings(folder, config | {"dtype": dtype}, base)
 
 
-def converted(read: Callable[[str], Tensor], name: str, spec: TensorSpec) -> Tensor:
-    """A tensor in the dtype of `spec`; WeightError if it overflows that."""
+_OTHER_DTYPE = "set export.dtype to bfloat16 or float32"
+
+
+def converted(read: Callable[[str], Tensor], name: str, spec: TensorSpec, instead: str = _OTHER_DTYPE) -> Tensor:
+    """A tensor in the dtype of `spec`; WeightError if it overflows that, which says what to do `instead`."""
     dtype = torch_dtype_of(spec.dtype)
     tensor = read(name).to(dtype)
     if not torch.isfinite(torch.stack(torch.aminmax(tensor))).all():
         kind = str(dtype).removeprefix("torch.")
-        raise WeightError(f"tensor {name} overflows {kind}; set export.dtype to bfloat16 or float32")
+        raise WeightError(f"tensor {name} overflows {kind}; {instead}")
     return tensor
 
 

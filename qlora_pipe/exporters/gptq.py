@@ -17,6 +17,8 @@ from qlora_pipe.exporters.dense import converted, write_settings
 from quant.exceptions import QuantError
 from quant.interchange import gptq_buffers, half_steps
 
+_INSTEAD = "take compressed-tensors for export.integer"
+
 ZERO_SHIFT = {"gptq": 1, "gptq_v2": 0}
 """What readers of a version add to the zero points that are stored."""
 
@@ -47,12 +49,13 @@ def write_gptq(
             try:
                 steps, change = half_steps(codes, read(f"{name}.scale"), width, group_size)
             except QuantError as error:
-                raise WeightError(f"{name}: {error}; take compressed-tensors for export.integer") from error
+                raise WeightError(f"{name}: {error}; {_INSTEAD}") from error
             largest = max(largest, change)
             for buffer, tensor in gptq_buffers(codes, steps, width, group_size, ZERO_SHIFT[version]).items():
                 writer.write(f"{name}.{buffer}", tensor)
         for name in writer.missing():
-            writer.write(name, converted(read, name, layout[name]))
+            # Biases are fp16 whatever export.dtype says.
+            writer.write(name, converted(read, name, layout[name], _INSTEAD))
     settings = quantization_config(version, bits, group_size)
     (folder / "quantize_config.json").write_text(json.dumps(settings, indent=2) + "\n")
     write_settings(folder, config | {"dtype": dtype, "quantization_config": settings}, base)

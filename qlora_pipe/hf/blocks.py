@@ -40,10 +40,10 @@ def tune_blocks(
     offsets at `step_rate`.
 
     A layer reads what the tuned layers before it make, and is led to what the teacher's layer makes of the teacher's
-    own input, so it also makes up for errors before it. `section`: whose settings these are. Returns {layer, before,
-    after}: mean relative squared error of the layer's output, over all tokens. Raises StageError where it is not
-    finite. Peak bytes: both streams', one batch's activations in one layer, three fp32 copies of what is tuned in it;
-    on disk all hidden states twice.
+    own input, so it also makes up for errors before it; one that gets worse is left as it was. `section`: whose
+    settings these are. Returns {layer, before, after}: mean relative squared error of the layer's output, over all
+    tokens. Raises StageError where it is not finite. Peak bytes: both streams', one batch's activations in one layer,
+    four fp32 copies of what is tuned in it; on disk all hidden states twice.
     """
     log, generator = [], torch.Generator().manual_seed(seed)
     starts = Arguments(teacher, batches), Arguments(student, batches)
@@ -59,19 +59,22 @@ def tune_blocks(
             with student.layer(index) as layer:
                 block = _Block(layer, hidden, starts[1], index, student.device)
                 before = block.error(range(len(batches)))
-                block.tune(settings, step_rate, len(batches), generator)
-                after = block.advance(range(len(batches)))
+                undo = block.tune(settings, step_rate, len(batches), generator)
+                after = block.error(range(len(batches)))
                 if not (math.isfinite(before) and math.isfinite(after)):
                     raise StageError(
                         f"{section}: the error of layer {index} is {before} and {after} once it is tuned; lower "
                         f"{section}.block_rate and run again"
                     )
                 if after > before:
+                    undo()
                     reporter.event(
                         "blocks",
-                        f"layer {index} is further off than before it was tuned, by {after:.3g} instead of "
-                        f"{before:.3g}: lower {section}.block_rate",
+                        f"layer {index} is left as it was: tuned, it is off by {after:.3g} instead of {before:.3g}; "
+                        f"lower {section}.block_rate",
                     )
+                    after = before
+                block.advance(range(len(batches)))
                 take(index, layer)
             log.append({"layer": index, "before": before, "after": after})
             advance()
@@ -89,8 +92,11 @@ class _Block:
         with torch.no_grad():
             return self._mean([self._loss(number)[0] for number in numbers])
 
-    def tune(self, settings: Blocks, step_rate: float | None, count: int, generator: torch.Generator) -> None:
-        """Adam over the batches in a drawn order, for so many epochs; its rates fall to zero along a cosine."""
+    def tune(
+        self, settings: Blocks, step_rate: float | None, count: int, generator: torch.Generator
+    ) -> Callable[[], None]:
+        """Adam over the batches in a drawn order, for so many epochs; its rates fall to zero along a cosine. Returns
+        what puts everything back."""
         for module in self._layer.modules():
             if isinstance(module, TunableLinear | L4QLinear):
                 module.tune()
@@ -98,6 +104,7 @@ class _Block:
         groups: list[dict[str, Any]] = [{"params": factors}]
         if steps:
             groups.append({"params": steps, "lr": step_rate})
+        first = [tensor.detach().clone() for tensor in (*factors, *steps)]
         optimizer = torch.optim.Adam(groups, lr=settings.block_rate)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.block_epochs * count)
         for _ in range(settings.block_epochs):
@@ -111,15 +118,18 @@ class _Block:
                     if isinstance(module, L4QLinear):
                         module.clamp_steps_()
 
-    def advance(self, numbers: Sequence[int]) -> float:
-        """As `error`; leaves what leaves the layer in place of what entered."""
-        losses = []
+        def undo() -> None:
+            with torch.no_grad():
+                for tensor, value in zip((*factors, *steps), first, strict=True):
+                    tensor.copy_(value)
+
+        return undo
+
+    def advance(self, numbers: Sequence[int]) -> None:
+        """Leave what leaves the layer in place of what entered."""
         with torch.no_grad():
             for number in numbers:
-                loss, output = self._loss(number)
-                self._hidden.write(("student", number), output)
-                losses.append(loss)
-        return self._mean(losses)
+                self._hidden.write(("student", number), self._loss(number)[1])
 
     def _loss(self, number: int) -> tuple[Tensor, Tensor]:
         """Squared error of each token relative to what is wanted, and the layer's output.

@@ -51,7 +51,9 @@ def run(context: Context) -> None:
             strength=strength(context),
             scale=scale,
         )
-        exported["peft"] = {"base": "the original model", "scale": scale, "exact": scale == 1}
+        moved = "what L1 L2 moved by in training, as trained minus as it was"
+        factors = "as trained" if config.train.low_rank == "frozen" else moved
+        exported["peft"] = {"base": "the original model", "factors": factors, "scale": scale, "exact": scale == 1}
     if config.export.merged:
         _dense(context, "merged", _merged(context, scale * strength(context)), base_config)
         exported["merged"] = {"weights": f"{config.recover.base} + adapter", "dtype": config.export.dtype}
@@ -110,8 +112,10 @@ def _integer_model(context: Context, name: IntegerFormat) -> dict[str, Any]:
         "dtype": settings.export.dtype,
     }
     layout = known.exported_integers(name)
+    trained = settings.compact.steps or settings.compact.block_rows
+    codes = "those of the last step of training" if trained else "what training would start from, rounded"
     weights = f"{settings.compact.method.upper()} integers, packed"
-    said = {"weights": weights, "codes": "as trained", "dtype": settings.export.dtype}
+    said = {"weights": weights, "codes": codes, "dtype": settings.export.dtype}
     if name == "compressed-tensors":
         write_compressed_tensors(context.out / name, layout, reader.read, **shared)
         return said | {"steps": "float32, as trained", "exact": settings.export.dtype == "float32"}

@@ -118,8 +118,9 @@ def objective(context: Context, chosen: Sequence[Row], settings: Taught) -> Summ
     """
     if not settings.asks:
         return summed_loss
-    stream = base_layers(context)
-    asked = ranks.agree(lambda: teacher_targets(stream, chosen, settings.top, context.work, context.reporter))
+    asked = ranks.agree(
+        lambda: teacher_targets(base_layers(context), chosen, settings.top, context.work, context.reporter)
+    )
     return partial(summed_distillation, asked, settings.teacher_share)
 
 

@@ -82,6 +82,23 @@ def test_a_layer_trains_alike_and_ships_what_it_computed_with(kind):
         torch.testing.assert_close(ours, plain, rtol=0, atol=1e-5 * plain.abs().max().item())
 
 
+def test_a_nan_is_not_rounded_away():
+    frozen, lora_a, lora_b, *rest = operands(3, 32, "zero", torch.float32)
+    lora_b[1, 0] = float("nan")
+    for rows in (l4q_rows, triton_l4q):
+        found = rows.rebuild(frozen, lora_a, lora_b, *rest)
+        assert found[1].isnan().all()
+        assert found[0].isfinite().all()
+        grad = torch.ones_like(frozen)
+        assert rows.pull_back(grad, frozen, lora_a, lora_b, *rest, weight=False)[2][1].isnan().all()
+
+
+def test_rows_of_a_transposed_view_come_out_in_order():
+    frozen, *rest = operands(3, 32, "half", torch.float32)
+    expected = l4q_rows.rebuild(frozen, *rest)
+    assert torch.equal(triton_l4q.rebuild(frozen.t().contiguous().t(), *rest), expected)
+
+
 def test_what_does_not_fit_goes_through_plain_torch():
     frozen, lora_a, _, scale, *_ = operands(4, 32, "zero", torch.float32)
     assert l4q_rows.chosen(frozen, lora_a, scale, True) is triton_l4q
@@ -89,5 +106,8 @@ def test_what_does_not_fit_goes_through_plain_torch():
     assert l4q_rows.chosen(frozen, lora_a, scale.double(), True) is l4q_rows
     assert l4q_rows.chosen(frozen[:, :96], lora_a[:, :96], scale, True) is l4q_rows
     assert l4q_rows.chosen(frozen, lora_a, scale[:, :1].repeat(1, 16), True) is l4q_rows
+    wide = torch.ones(256, 64 * 4)
+    assert l4q_rows.chosen(torch.ones(ROWS, 64 * 4), wide[:128], torch.ones(ROWS, 4), True) is triton_l4q
+    assert l4q_rows.chosen(torch.ones(ROWS, 64 * 4), wide, torch.ones(ROWS, 4), True) is l4q_rows
     plain = FakeQuantLinear(frozen, None, bits=4, group_size=32, steps=(scale, None))
     assert torch.equal(plain(torch.eye(COLUMNS)).t(), plain.dequantized())

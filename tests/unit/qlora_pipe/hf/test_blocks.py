@@ -193,10 +193,17 @@ def test_integers_follow_and_every_layer_gets_nearer(tmp_path: Path) -> None:
         assert all(not torch.equal(a, b) for a, b in zip(state(first).values(), state(last).values(), strict=True))
 
 
-def test_steps_stay_above_their_floor(tmp_path: Path) -> None:
-    found, _ = tuned(TinyFolder(save_tiny_model(tmp_path)), SETTINGS, tmp_path, kind="l4q", step_rate=0.5)
-    lowest = min(tensor.min().item() for name, tensor in found.items() if name.endswith(".scale"))
-    assert lowest == pytest.approx(MIN_TRAINED_STEP)
+def test_steps_stay_above_their_floor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lowest, clamp = [], L4QLinear.clamp_steps_
+
+    def clamped(module: L4QLinear) -> int:
+        raised = clamp(module)
+        lowest.append(module.scale.min().item())
+        return raised
+
+    monkeypatch.setattr(L4QLinear, "clamp_steps_", clamped)
+    tuned(TinyFolder(save_tiny_model(tmp_path)), SETTINGS, tmp_path, kind="l4q", step_rate=0.5)
+    assert min(lowest) == pytest.approx(MIN_TRAINED_STEP)
 
 
 def test_one_layer_of_the_original_is_held_at_a_time(tmp_path: Path) -> None:
@@ -207,13 +214,17 @@ def test_one_layer_of_the_original_is_held_at_a_time(tmp_path: Path) -> None:
     assert set(live.loads.values()) == {1}
 
 
-def test_a_layer_that_gets_worse_is_told_of(tmp_path: Path) -> None:
+def test_a_layer_that_gets_worse_is_left_as_it_was(tmp_path: Path) -> None:
     tiny, said = TinyFolder(save_tiny_model(tmp_path)), io.StringIO()
-    fast = SETTINGS.model_copy(update={"block_rate": 1.0})
-    _, log = tuned(tiny, fast, tmp_path, kind="l4q", reporter=Reporter(stream=said, json_lines=True))
-    worse = [entry["layer"] for entry in log if entry["after"] > entry["before"]]
-    assert worse
-    assert [n for n in (0, 1) if f"layer {n} is further off than before" in said.getvalue()] == worse
+    fast, still = (SETTINGS.model_copy(update={"block_rate": rate}) for rate in (1.0, 1e-30))
+    reporter = Reporter(stream=said, json_lines=True)
+    found, log = tuned(tiny, fast, tmp_path, kind="l4q", step_rate=1e-30, reporter=reporter)
+    before, start = tuned(tiny, still, tmp_path, kind="l4q", step_rate=1e-30)
+    assert all(f"layer {n} is left as it was" in said.getvalue() for n in (0, 1))
+    assert [entry["before"] for entry in log] == [entry["after"] for entry in log]
+    assert log == start
+    # What stands still moves by 1e-30 at a time, off 0 too.
+    torch.testing.assert_close(found, before, rtol=0, atol=1e-20)
 
 
 def test_a_rate_that_breaks_a_layer_is_named(tmp_path: Path) -> None:
