@@ -144,9 +144,8 @@ def test_every_folder_has_a_card_of_what_the_artifacts_say(exported: Exported) -
         assert "it states no licence" in card
         assert f"budget was 6bits; its decomposed model takes {allocation['bits_per_weight']:.4g} bits" in card
         assert f"loss {recovery['losses']['full_adapted']:.4f} with it" in card or name not in ("peft", "merged")
-        integers = (
-            "2 matrices of 2 bits, 2 matrices of 3 bits, 8 matrices of 4 bits, 2 matrices of 8 bits; they are those"
-        )
+        widths = "2 matrices of 2 bits, 2 matrices of 3 bits, 8 matrices of 4 bits, 2 matrices of 8 bits"
+        integers = f"{widths}; those of the last step of training, bit for bit"
         assert (integers in card) == (name in FORMATS)
     assert "none by more than" in (exported.folder / "gptq/README.md").read_text()
     assert "PeftModel.from_pretrained(base" in (exported.folder / "peft/README.md").read_text()
