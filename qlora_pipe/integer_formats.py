@@ -4,14 +4,12 @@ from collections.abc import Mapping
 
 from qlora_pipe.architectures import Architecture
 from qlora_pipe.config import Config, IntegerFormat
+from quant.storage import GPTQ_MULTIPLE
 
 DEFAULT: IntegerFormat = "compressed-tensors"
 
 _GPTQ_GROUPS = (16, 32, 64, 128, 256, 512, 1024)
 """Groups that some kernel of GPTQModel 7.6 has for every width."""
-
-_GPTQ_SIDES = 32
-"""GPTQ packs words along both sides."""
 
 
 def chosen(
@@ -59,9 +57,9 @@ def _gptq_refusal(small: Architecture, config: Config) -> str | None:
         known = ", ".join(map(str, _GPTQ_GROUPS))
         return f"its readers know groups of {known}, not of {group}: set compact.group_size to one of these"
     for name, sides in small.linear_shapes().items():
-        if any(side % _GPTQ_SIDES for side in sides):
+        if any(side % GPTQ_MULTIPLE for side in sides):
             return (
-                f"{name} is {list(sides)}, and both sides must be multiples of {_GPTQ_SIDES}: prune to multiples "
+                f"{name} is {list(sides)}, and both sides must be multiples of {GPTQ_MULTIPLE}: prune to multiples "
                 f"(prune.align, whole heads), or take {DEFAULT}"
             )
     return None

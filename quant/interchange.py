@@ -12,10 +12,7 @@ from torch import Tensor
 from quant.exceptions import QuantError, ShapeError
 from quant.grid import bounds
 from quant.pack import pack, unpack
-from quant.storage import WORD_BITS
-
-GPTQ_MULTIPLE = 32
-"""Both sides of a GPTQ matrix are multiples of this, so that its words are whole at every width."""
+from quant.storage import GPTQ_MULTIPLE, WORD_BITS
 
 
 def dense_stream(words: Tensor, bits: int, columns: int) -> Tensor:

@@ -12,6 +12,9 @@ from quant.exceptions import QuantError, ShapeError
 WORD_BITS = 32
 """Codes are packed into int32 words."""
 
+GPTQ_MULTIPLE = 32
+"""Both sides of a GPTQ matrix are multiples of this, so that its words are whole at every width."""
+
 PACK_BITS = (2, 3, 4, 8)
 """Widths that have a packed layout."""
 

@@ -34,10 +34,10 @@ def write_dense(
     write_settings(folder, config | {"dtype": dtype}, base)
 
 
-_OTHER_DTYPE = "set export.dtype to bfloat16 or float32"
+OTHER_DTYPE = "set export.dtype to bfloat16 or float32"
 
 
-def converted(read: Callable[[str], Tensor], name: str, spec: TensorSpec, instead: str = _OTHER_DTYPE) -> Tensor:
+def converted(read: Callable[[str], Tensor], name: str, spec: TensorSpec, instead: str = OTHER_DTYPE) -> Tensor:
     """A tensor in the dtype of `spec`; WeightError if it overflows that, which says what to do `instead`."""
     dtype = torch_dtype_of(spec.dtype)
     tensor = read(name).to(dtype)

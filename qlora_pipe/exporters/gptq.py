@@ -13,7 +13,7 @@ from qlora_pipe import __version__
 from qlora_pipe.artifacts.layout import Layout
 from qlora_pipe.artifacts.tensors import TensorWriter
 from qlora_pipe.errors import WeightError
-from qlora_pipe.exporters.dense import converted, write_settings
+from qlora_pipe.exporters.dense import OTHER_DTYPE, converted, write_settings
 from quant.exceptions import QuantError
 from quant.interchange import gptq_buffers, half_steps
 
@@ -55,7 +55,8 @@ def write_gptq(
                 writer.write(f"{name}.{buffer}", tensor)
         for name in writer.missing():
             # Biases are fp16 whatever export.dtype says.
-            writer.write(name, converted(read, name, layout[name], _INSTEAD))
+            instead = _INSTEAD if name.endswith(".bias") else OTHER_DTYPE
+            writer.write(name, converted(read, name, layout[name], instead))
     settings = quantization_config(version, bits, group_size)
     (folder / "quantize_config.json").write_text(json.dumps(settings, indent=2) + "\n")
     write_settings(folder, config | {"dtype": dtype, "quantization_config": settings}, base)

@@ -90,7 +90,8 @@ class _Block:
     def error(self, numbers: Sequence[int]) -> float:
         """Mean over the tokens of these batches."""
         with torch.no_grad():
-            return self._mean([self._loss(number)[0] for number in numbers])
+            losses = [self._loss(number)[0].flatten() for number in numbers]
+        return float(torch.cat(losses).double().mean())
 
     def tune(
         self, settings: Blocks, step_rate: float | None, count: int, generator: torch.Generator
@@ -142,6 +143,3 @@ class _Block:
         wanted = self._hidden.read(("teacher", number), self._device)
         error = (output.float() - wanted.float()).square().sum(dim=-1)
         return error / wanted.float().square().sum(dim=-1).clamp(min=1e-12), output
-
-    def _mean(self, losses: Sequence[Tensor]) -> float:
-        return float(torch.cat([loss.flatten() for loss in losses]).double().mean())

@@ -1,31 +1,24 @@
 """L1 L2 trained in place (LQ-LoRA, LoftQ): what it moved by is the adapter, of twice its rank."""
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
-from tiny import context_of, save_settings, save_texts, save_tiny_model
+from tiny import save_settings, save_texts, save_tiny_model
+from tiny_training import Trained, logits, trained_run
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from prune.groups import PRUNED_AXIS
-from qlora_pipe.compile import compile_model
 from qlora_pipe.config_file import load
 from qlora_pipe.errors import ConfigError
-from qlora_pipe.events import Reporter
-from qlora_pipe.hf.model import Model
-from qlora_pipe.stages import train
-from qlora_pipe.stages.base import Context
 from qlora_pipe.stages.models import packed_map, packed_modules, pruned_model, with_adapter
 from qlora_pipe.stages.packing import read_factors
 from qlora_pipe.stages.train import strength
 from qlora_pipe.verify import verify_path
 
-IDS = torch.arange(2 * 30).reshape(2, 30) * 13 % 256
 IN_PLACE = (
     "decompose.ranks=[4, 8]",
     "decompose.rules=[{roles: [down], rank: 8}, {roles: [o], rank: 4}]",
@@ -33,15 +26,6 @@ IN_PLACE = (
     "train.learning_rate=1e-2",
     "compact.enabled=false",
 )
-
-
-@dataclass
-class Trained:
-    """The artifacts, and the trained model."""
-
-    seen: Context
-    out: Path
-    model: Model
 
 
 @pytest.fixture(scope="module")
@@ -54,22 +38,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(config: Path) -> Trained:
-    settings, models = load(config, IN_PLACE), list[Model]()
-    fit = train.fit
-
-    def fitted(context: Context, model: Model, *rest: Any, **more: Any) -> Any:
-        models.append(model)
-        return fit(context, model, *rest, **more)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "fit", fitted)
-        artifacts = compile_model(settings, Reporter(json_lines=True))
-    return Trained(context_of(settings, artifacts), Path(str(settings.run)), models[0])
-
-
-def logits(model: torch.nn.Module) -> Tensor:
-    with torch.no_grad():
-        return model.eval()(input_ids=IDS).logits
+    return trained_run(config, IN_PLACE)
 
 
 def moved(trained: Trained, layer: int, role: str, name: str) -> Tensor:

@@ -1,32 +1,24 @@
 """LoRA on the small model's original weights: what was trained is what is measured, recovered and exported."""
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from tiny import context_of, save_settings, save_texts, save_tiny_model
-from torch import Tensor
+from tiny import save_settings, save_texts, save_tiny_model
+from tiny_training import Trained, logits, trained_run
 
 from qlora_pipe import layouts
 from qlora_pipe.artifacts.tensors import TensorReader
-from qlora_pipe.compile import compile_model
 from qlora_pipe.config_file import load
 from qlora_pipe.errors import ConfigError
-from qlora_pipe.events import Reporter
 from qlora_pipe.hf.loss import score
-from qlora_pipe.hf.model import Model
 from qlora_pipe.plan import know, make_plan
-from qlora_pipe.stages import train
-from qlora_pipe.stages.base import Context
 from qlora_pipe.stages.models import adaptable_modules, compensation, sliced_base_weight, task_model, with_adapter
 from qlora_pipe.stages.packing import read_factors
 from qlora_pipe.stages.recover import heldout_rows
 from qlora_pipe.stages.train import strength
 from quant.baselines import LoRALinear
 
-IDS = torch.arange(2 * 30).reshape(2, 30) * 13 % 256
 ORIGINAL = (
     "train.base=original",
     "train.learning_rate=1e-2",
@@ -35,15 +27,6 @@ ORIGINAL = (
     "align.learning_rate=1e-2",
 )
 WHOLE = ("prune.kv_ratio=0", "prune.ffn_ratio=0", "prune.align=64")
-
-
-@dataclass
-class Trained:
-    """The artifacts, and what the trained model itself computes."""
-
-    seen: Context
-    out: Path
-    model: Model
 
 
 @pytest.fixture(scope="module")
@@ -56,23 +39,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(config: Path) -> Trained:
-    settings, models = load(config, ORIGINAL), list[Model]()
-    fit = train.fit
-
-    def fitted(context: Context, model: Model, *rest: Any, **more: Any) -> Any:
-        models.append(model)
-        return fit(context, model, *rest, **more)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "fit", fitted)
-        artifacts = compile_model(settings, Reporter(json_lines=True))
-    # The last one: alignment trains before the task.
-    return Trained(context_of(settings, artifacts), Path(str(settings.run)), models[-1])
-
-
-def logits(model: Model) -> Tensor:
-    with torch.no_grad():
-        return model.eval()(input_ids=IDS).logits
+    return trained_run(config, ORIGINAL)
 
 
 def test_the_adapter_is_trained_on_the_original_weights_and_slot_c(trained: Trained) -> None:
