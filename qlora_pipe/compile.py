@@ -21,7 +21,7 @@ from qlora_pipe.hf.model import check_device
 from qlora_pipe.hf.source import fetch
 from qlora_pipe.known import CHAIN
 from qlora_pipe.meter import Meter
-from qlora_pipe.plan import check_memory, know, plan_known
+from qlora_pipe.plan import Plan, check_memory, know, plan_known
 from qlora_pipe.selection import read_index_map
 from qlora_pipe.sources import BASE_LINK, find_model, model_files
 from qlora_pipe.stages import (
@@ -140,18 +140,22 @@ class _Run:
             check_memory(plan_known(know(self.config)), self.config)
         self.base = fetch(found, self.reporter)
         self.known = know(self.config, self.base)
-        self._plan()
+        self.config = self.known.config
+        plan = self._plan()
+        if plan.settled:
+            self.reporter.event("settled", plan.settled)
         link = self.store.run / BASE_LINK
         link.unlink(missing_ok=True)
         link.symlink_to(self.base.resolve())
         (self.store.run / "config.yaml").write_text(resolved_yaml(self.config))
         self.artifacts: dict[str, Artifact] = {}
 
-    def _plan(self) -> None:
-        """Write plan.json; raises PlanError if the run would not fit."""
+    def _plan(self) -> Plan:
+        """Write plan.json, and return it; raises PlanError if the run would not fit."""
         plan = plan_known(self.known)
         check_memory(plan, self.config)
         (self.store.run / "plan.json").write_text(json.dumps(plan.to_json(), indent=2) + "\n")
+        return plan
 
     def perform(self, stage: Stage, *, afresh: bool, start: str | None) -> None:
         """Take the stage's artifact if it is there, else make it."""

@@ -193,6 +193,11 @@ class Config(Section):
     device: str = Field("cpu", description="where training and evaluation happen: cpu or cuda")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="compute dtype")
     memory: Memory = Field(default_factory=Memory, description="memory limits the plan is checked against")
+    train_budget: str | None = Field(
+        None,
+        description="most memory that training the small model may take, such as 20GB, on the device or else the host: "
+        "decompose.budget is lowered until it fits, and where that is not enough prune.ratio is raised",
+    )
     data: Data
     calibrate: Calibrate = Field(default_factory=Calibrate)
     decompose: Decompose = Field(default_factory=Decompose)
@@ -205,6 +210,13 @@ class Config(Section):
     recover: Recover = Field(default_factory=Recover)
     export: Export = Field(default_factory=Export)
     evaluate: Evaluate = Field(default_factory=Evaluate)
+
+    @field_validator("train_budget")
+    @classmethod
+    def _is_size(cls, value: str | None) -> str | None:
+        if value is not None:
+            _as_value_error(parse_bytes, value)
+        return value
 
     @property
     def compensates(self) -> bool:
@@ -242,6 +254,15 @@ class Config(Section):
             raise ValueError(
                 "train.base: original trains on weights of which prune.sparsity takes nothing away: set train.base to "
                 "packed, or prune.sparsity.pattern to none"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _original_weights_have_no_bits_to_lower(self) -> "Config":
+        if self.train_budget is not None and self.train.base == "original":
+            raise ValueError(
+                "train_budget lowers the bits of the model that is trained, and train.base: original trains on its "
+                "original weights: set train.base to packed, or leave train_budget out"
             )
         return self
 

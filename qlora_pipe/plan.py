@@ -12,6 +12,7 @@ from qlora_pipe.known import CHAIN, Known, estimate_allocation
 from qlora_pipe.memory import peak_bytes, scratch_bytes
 from qlora_pipe.shapes import check_shapes
 from qlora_pipe.sources import ModelSource, architecture_of, find_model
+from qlora_pipe.train_budget import settled, told
 from qlora_pipe.units import format_bytes, parse_bytes
 
 
@@ -34,7 +35,8 @@ class StagePlan:
 class Plan:
     """`exact`: allocation and widths are decided, so that the bytes of every file are final; before that an estimate.
 
-    `fits` is None where the configuration states no limit.
+    `fits` is None where the configuration states no limit; `settled` says what `train_budget` leaves of bits and
+    structure, if there is one.
     """
 
     model: str
@@ -47,6 +49,7 @@ class Plan:
     device_peak: int
     fits_host: bool | None
     fits_device: bool | None
+    settled: str | None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -61,7 +64,8 @@ def make_plan(config: Config, base: Path | None = None) -> Plan:
 
 
 def know(config: Config, base: Path | None = None) -> Known:
-    """What headers tell: the architecture, dtypes, and an estimated allocation."""
+    """What headers tell: the architecture, dtypes, and an estimated allocation; and the configuration, with the bits
+    and the structure that `train_budget` leaves."""
     source = ModelSource("folder", config.model, base) if base else find_model(config.model)
     if source.path is None:
         from qlora_pipe.hf.hub import cached
@@ -73,6 +77,7 @@ def know(config: Config, base: Path | None = None) -> Known:
     if source.kind == "folder" and source.path is not None:
         dtypes = {name: place.spec.dtype for name, place in read_folder(source.path).items()}
     require_feasible(architecture, dtypes, config)
+    config = settled(config, architecture, dtypes)
     estimate = estimate_allocation(architecture, dtypes, config)
     converts = source.kind == "gguf"
     return Known(config, architecture, dtypes, estimate, allocation_is_final=False, converts=converts)
@@ -94,6 +99,7 @@ def plan_known(known: Known) -> Plan:
         device_peak=device,
         fits_host=_fits(host, config.memory.host),
         fits_device=_fits(device, config.memory.device),
+        settled=None if config.train_budget is None else f"train_budget {config.train_budget}: {told(config)}",
     )
 
 
@@ -131,6 +137,8 @@ def render_plan(plan: Plan) -> str:
         f"host peak {format_bytes(plan.host_peak)}{_verdict(plan.fits_host)}, "
         f"device peak {format_bytes(plan.device_peak)}{_verdict(plan.fits_device)}"
     )
+    if plan.settled:
+        lines.append(plan.settled)
     if not plan.exact:
         lines.append(
             "bytes of decompose and prune are an estimate until allocate has run, and select if prune.widths is "
