@@ -43,6 +43,8 @@ BOUNDARY_BYTES = 4 * 10**9
 
 _SECTIONS = ("train", "align", "compact", "refine")
 _TRAINED_COPIES = 4  # value, gradient, two moments of Adam
+_SAVED_COPIES = 3  # the same without the gradient
+_CHECKPOINTS = 3  # two are kept while the next is written
 _MATRIX_COPIES = 10  # a decomposition's temporaries, in fp32 matrices
 _STREAM_COPIES = 2  # a tensor as read, converted, and as written
 
@@ -64,21 +66,46 @@ def peak_bytes(stage: str, known: Known) -> tuple[int, int]:
 
 
 def scratch_bytes(stage: str, known: Known) -> int:
-    """Disk for hidden states between layers, at most, which is free again when the stage is done."""
+    """Disk for hidden states between layers, or after that for checkpoints, at most, which is free again when the stage
+    is done."""
     config, full = known.config, known.architecture
     per_token = number_bytes(known) * full.hidden
     if stage == "calibrate":
         tokens, deep = config.calibrate.sequences * config.calibrate.length, per_token * (len(full.layers) + 1)
         together = min(tokens, max(CALIBRATION_TOKENS, config.calibrate.length))
         return max(min(deep * tokens, max(BOUNDARY_BYTES, deep * together)), per_token * tokens)
-    found, settings = 0, {section: getattr(config, section) for section in _SECTIONS}.get(stage)
-    if settings is None or not getattr(settings, "enabled", True):
+    settings = _optimisation(stage, known)
+    if settings is None:
         return 0
+    saved = min(_CHECKPOINTS, math.ceil(settings.steps / settings.save_steps))
+    found = saved * _SAVED_COPIES * _trained(stage, known)
     if isinstance(settings, Taught) and settings.asks:
-        found = per_token * _tokens(settings)
+        found = max(found, per_token * _tokens(settings))
     if isinstance(settings, Blocks):
         found = max(found, 2 * per_token * settings.block_rows * settings.length)
     return found
+
+
+def _optimisation(stage: str, known: Known) -> Optimisation | None:
+    """What a stage trains by; None for one that trains nothing."""
+    config = known.config
+    if stage == "select":
+        return config.guide if config.prune.method == "lora" else None
+    settings: Optimisation | None = {name: getattr(config, name) for name in _SECTIONS}.get(stage)
+    return settings if getattr(settings, "enabled", True) else None
+
+
+def _trained(stage: str, known: Known) -> int:
+    """fp32 bytes of what a stage trains."""
+    config = known.config
+    if stage == "select":
+        return layouts.tensor_bytes(layouts.adapter(known.architecture, config.align.rank))
+    if stage == "align":
+        return layouts.tensor_bytes(known.compensation())
+    if stage == "train":
+        # What L1 L2 moves by has twice the rank that is trained.
+        return layouts.tensor_bytes(known.adapter()) // (2 if config.train.low_rank == "trained" else 1)
+    return _integers_trained(known) if stage == "compact" else _tuned(known)
 
 
 def _tokens(settings: Optimisation) -> int:
@@ -90,7 +117,6 @@ def _work(stage: str, known: Known) -> _Work:
     config, full, small = known.config, known.architecture, known.small
     stream = _STREAM_COPIES * largest_tensor_bytes(full)
     matrix = _MATRIX_COPIES * largest_matrix_bytes(full)
-    adapter = layouts.tensor_bytes(known.adapter())
     full_adapter = layouts.tensor_bytes(known.full_adapter())
     if stage == "source":
         # The GGUF loader's model and the clean one that is saved exist together.
@@ -101,9 +127,8 @@ def _work(stage: str, known: Known) -> _Work:
         working = matrix + _covariances(known)
         return _Work(0, working if stage == "score" else max(working, stream))
     if stage == "select" and config.prune.method == "lora":
-        slot = layouts.tensor_bytes(layouts.adapter(full, config.align.rank))
         copies = 2 if config.guide.shrink else 1
-        trained = copies * layouts.tensor_bytes(known.decomposed()) + _TRAINED_COPIES * slot
+        trained = copies * layouts.tensor_bytes(known.decomposed()) + _TRAINED_COPIES * _trained(stage, known)
         return _Work(trained + batch_bytes(known, full, config.align.rank, config.guide) + matrix, stream)
     if stage == "select" and config.prune.measures:
         tokens = max(EVALUATION_TOKENS, config.calibrate.length)
@@ -119,22 +144,26 @@ def _work(stage: str, known: Known) -> _Work:
     packed = layouts.tensor_bytes(known.pruned())
     if stage == "align" and config.align.enabled:
         asking, targets = _teaching(known, config.align)
-        training = packed + _TRAINED_COPIES * compensation + batch_bytes(known, small, config.align.rank, config.align)
+        training = (
+            packed
+            + _TRAINED_COPIES * _trained(stage, known)
+            + batch_bytes(known, small, config.align.rank, config.align)
+        )
         return _beside(max(asking, training), targets, stream, known)
     if stage == "train":
         rank = config.train.rank
         if config.train.low_rank == "trained":
-            rank, adapter = max(choice.rank for choice in known.allocation.values()), adapter // 2
+            rank = max(choice.rank for choice in known.allocation.values())
         asking, targets = _teaching(known, config.train)
         under = dense_bytes(known, small) if config.train.base == "original" else packed + compensation
-        training = under + _TRAINED_COPIES * adapter + batch_bytes(known, small, rank, config.train)
+        training = under + _TRAINED_COPIES * _trained(stage, known) + batch_bytes(known, small, rank, config.train)
         return _beside(max(asking, training), targets, stream, known)
     if stage == "compact" and config.compact.enabled:
         batch = batch_bytes(known, small, known.compact_rank(), config.compact)
         feedback = any(config.compact_init(bits) == "feedback" for bits in known.integer_bits.values())
         starting = matrix + (_starting(known) if feedback else 0)
         asking, targets = _teaching(known, config.compact)
-        trained = _integers_trained(known)
+        trained = _trained(stage, known)
         training = _frozen(known) + max(starting, _TRAINED_COPIES * trained + batch)
         tuned = trained if config.compact.block_rows else 0
         # What blocks were tuned to waits on the host, as do a teacher's tokens after that.
@@ -293,10 +322,10 @@ def _integers_bytes(known: Known, *kinds: str) -> int:
 
 
 def _tuned(known: Known) -> int:
-    """fp32 scales and low-rank factors of the full model, which refine tunes."""
+    """fp32 scales, levels and low-rank factors of the full model, which refine tunes."""
     found = 0
     for layer, role, name in known.architecture.linears():
         rows, columns = shape_of(role, known.architecture.layers[layer])
         choice = known.allocation[name]
-        found += rows * columns // choice.block_size + choice.rank * (rows + columns)
+        found += rows * columns // choice.block_size + 2**choice.bits + choice.rank * (rows + columns)
     return FLOAT * found
