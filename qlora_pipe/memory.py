@@ -117,7 +117,6 @@ def _work(stage: str, known: Known) -> _Work:
     config, full, small = known.config, known.architecture, known.small
     stream = _STREAM_COPIES * largest_tensor_bytes(full)
     matrix = _MATRIX_COPIES * largest_matrix_bytes(full)
-    full_adapter = layouts.tensor_bytes(known.full_adapter())
     if stage == "source":
         # The GGUF loader's model and the clean one that is saved exist together.
         return _Work(0, 2 * FLOAT * parameter_count(full) if known.converts else 0)
@@ -144,11 +143,8 @@ def _work(stage: str, known: Known) -> _Work:
     packed = layouts.tensor_bytes(known.pruned())
     if stage == "align" and config.align.enabled:
         asking, targets = _teaching(known, config.align)
-        training = (
-            packed
-            + _TRAINED_COPIES * _trained(stage, known)
-            + batch_bytes(known, small, config.align.rank, config.align)
-        )
+        trained = _TRAINED_COPIES * _trained(stage, known)
+        training = packed + trained + batch_bytes(known, small, config.align.rank, config.align)
         return _beside(max(asking, training), targets, stream, known)
     if stage == "train":
         rank = config.train.rank
@@ -159,21 +155,27 @@ def _work(stage: str, known: Known) -> _Work:
         training = under + _TRAINED_COPIES * _trained(stage, known) + batch_bytes(known, small, rank, config.train)
         return _beside(max(asking, training), targets, stream, known)
     if stage == "compact" and config.compact.enabled:
-        batch = batch_bytes(known, small, known.compact_rank(), config.compact)
-        feedback = any(config.compact_init(bits) == "feedback" for bits in known.integer_bits.values())
-        starting = matrix + (_starting(known) if feedback else 0)
-        asking, targets = _teaching(known, config.compact)
-        trained = _trained(stage, known)
-        training = _frozen(known) + max(starting, _TRAINED_COPIES * trained + batch)
-        tuned = trained if config.compact.block_rows else 0
-        # What blocks were tuned to waits on the host, as do a teacher's tokens after that.
-        if config.device != "cpu":
-            return _Work(max(asking, training, _blocks(known, 0, trained, starting)), stream + tuned + targets)
-        return _Work(max(targets + max(asking + tuned, training), _blocks(known, tuned, trained, starting)), stream)
+        return _compacting(known, stream, matrix)
     if stage in ("recover", "evaluate"):
         passing = passing_bytes(full, EVALUATION_TOKENS) + head_bytes(known, EVALUATION_TOKENS)
-        return _Work(rebuilt_bytes(dense_bytes(known, full), known) + full_adapter + passing, stream)
+        adapter = layouts.tensor_bytes(known.full_adapter())
+        return _Work(rebuilt_bytes(dense_bytes(known, full), known) + adapter + passing, stream)
     return _Work(0, stream if stage == "export" else 0)
+
+
+def _compacting(known: Known, stream: int, matrix: int) -> _Work:
+    """The model under the integer grid with what is trained, its start, a teacher, and blocks before that."""
+    batch = batch_bytes(known, known.small, known.compact_rank(), known.config.compact)
+    feedback = any(known.config.compact_init(bits) == "feedback" for bits in known.integer_bits.values())
+    starting = matrix + (_starting(known) if feedback else 0)
+    asking, targets = _teaching(known, known.config.compact)
+    trained = _integers_trained(known)
+    training = _frozen(known) + max(starting, _TRAINED_COPIES * trained + batch)
+    tuned = trained if known.config.compact.block_rows else 0
+    # What blocks were tuned to waits on the host, as do a teacher's tokens after that.
+    if known.config.device != "cpu":
+        return _Work(max(asking, training, _blocks(known, 0, trained, starting)), stream + tuned + targets)
+    return _Work(max(targets + max(asking + tuned, training), _blocks(known, tuned, trained, starting)), stream)
 
 
 def _beside(work: int, kept: int, stream: int, known: Known) -> _Work:
