@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 
+from qlora_pipe.cli_adapter import adapter
 from qlora_pipe.errors import ConfigError, QloraPipeError
 from qlora_pipe.known import CHAIN
 
@@ -111,6 +112,8 @@ def _stage_command(stage: str) -> Callable[..., None]:
 
 for _stage in CHAIN:
     _stage_command(_stage)
+
+main.add_command(adapter)
 
 
 @main.command()

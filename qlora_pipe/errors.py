@@ -5,7 +5,7 @@ as one paragraph and exits with code 2; anything outside this tree is a bug of o
 
     QloraPipeError
     |- ConfigError            the YAML file or a --set override
-    |- SourceError            the model: missing, truncated, of an unknown kind
+    |- SourceError            the model or an adapter: missing, truncated, of an unknown kind
     |  |- UnsupportedModel    a family, layer or feature that is not understood
     |  `- WeightError         a tensor: wrong dtype or shape, NaN or Inf
     |- DataError              a text or instruction set: missing, empty, too short
@@ -26,7 +26,7 @@ class ConfigError(QloraPipeError):
 
 
 class SourceError(QloraPipeError):
-    """The model cannot be found or read."""
+    """The model, or an adapter of one, cannot be found or read."""
 
 
 class UnsupportedModel(SourceError):

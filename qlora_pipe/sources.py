@@ -108,17 +108,23 @@ def architecture_of(source: ModelSource) -> Architecture:
 def read_config(folder: Path) -> dict[str, Any]:
     """config.json of a model folder; raises SourceError."""
     path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise SourceError(f"{folder}: expected a model folder with config.json, found none") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise SourceError(f"{path}: expected JSON, found {error}; fetch the file again") from error
-    if not isinstance(config, dict):
-        raise SourceError(f"{path}: expected a JSON object; fetch the file again")
+    config = read_object(path, "a model folder")
     if config.get("quantization_config"):
         raise SourceError(f"{path}: the checkpoint is already quantised; give the unquantised one")
     return config
+
+
+def read_object(path: Path, kind: str) -> dict[str, Any]:
+    """The JSON object in `path`, the file that makes its folder `kind`; raises SourceError."""
+    try:
+        body = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise SourceError(f"{path.parent}: expected {kind} with {path.name}, found none") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise SourceError(f"{path}: expected JSON, found {error}; fetch the file again") from error
+    if not isinstance(body, dict):
+        raise SourceError(f"{path}: expected a JSON object; fetch the file again")
+    return body
 
 
 def model_files(folder: Path) -> list[Path]:

@@ -161,13 +161,11 @@ class Store:
             versions=library_versions(),
         )
         (folder / MANIFEST).write_text(manifest.to_json())
-        for path in folder.rglob("*"):
-            _fsync(path)
-        _fsync(folder)
+        fsync_tree(folder)
         target = self._object(ticket)
         self._discard(target)
         folder.rename(target)
-        _fsync(self._objects)
+        fsync(self._objects)
         self._point(ticket.stage, target)
         shutil.rmtree(self._work / f"{ticket.stage}-{ticket.identity[:16]}", ignore_errors=True)
         return Artifact(target, manifest)
@@ -193,7 +191,7 @@ class Store:
         fresh.unlink(missing_ok=True)
         fresh.symlink_to(target)
         os.replace(fresh, link)
-        _fsync(self.run)
+        fsync(self.run)
 
 
 def library_versions() -> dict[str, str]:
@@ -207,7 +205,15 @@ def library_versions() -> dict[str, str]:
     return found
 
 
-def _fsync(path: Path) -> None:
+def fsync_tree(folder: Path) -> None:
+    """Bring a folder and all that is in it to the disk."""
+    for path in folder.rglob("*"):
+        fsync(path)
+    fsync(folder)
+
+
+def fsync(path: Path) -> None:
+    """Bring what is written of a file, or of a folder's list of names, to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

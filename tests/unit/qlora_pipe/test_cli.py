@@ -56,7 +56,7 @@ def identities(run: Path) -> dict[str, str]:
 
 def test_help_names_every_command() -> None:
     text = passed("--help").output
-    for command in ("init", "schema", "plan", "run", "verify", "frontier", "inspect", *CHAIN):
+    for command in ("init", "schema", "plan", "run", "verify", "frontier", "inspect", "adapter", *CHAIN):
         assert f"\n  {command} " in text
     assert passed("-h").output == text
 
@@ -188,6 +188,25 @@ def test_inspect(finished: tuple[Path, Result], tmp_path: Path) -> None:
     assert f"{len(CHAIN)} of {len(CHAIN)} stages" in passed("inspect", run).stdout
     assert "adapter.safetensors" in passed("inspect", run / "train").stdout
     refused("ArtifactError", "inspect", tmp_path)
+
+
+def test_an_exported_adapter_is_cut_and_compared_with_its_bases(finished: tuple[Path, Result], tmp_path: Path) -> None:
+    run = finished[0].parent / "run"
+    adapter, cut = run / "export" / "peft", tmp_path / "cut"
+    assert "relative error" in passed("adapter", "truncate", adapter, "--rank", 2, "--output", cut).stdout
+    lost = json.loads((cut / "adapter_report.json").read_text())["relative_error"]
+    for base in ("base", "decompose"):
+        file = tmp_path / f"{base}.json"
+        shown = passed("adapter", "compare", adapter, cut, "--base", run / base, "--json", file).stdout
+        found = json.loads(file.read_text())
+        assert len(found["matrices"]) == 14
+        # The best part of a matrix and the matrix: the cosine is the share of the norm that is left.
+        assert found["all"]["cosine"] == pytest.approx((1 - lost**2) ** 0.5, rel=1e-6)
+        assert found["all"]["overlap"]["inputs"] == pytest.approx(1)
+        assert f"of the {'dense' if base == 'base' else 'packed'} weight" in shown
+    assert "rank above 4" in refused(
+        "ConfigError", "adapter", "truncate", adapter, "--rank", 4, "--output", tmp_path / "x"
+    )
 
 
 def test_errors_are_one_paragraph(folder: Path, tmp_path: Path) -> None:

@@ -154,7 +154,7 @@ with store.lock(), store.writing(Ticket("train", 1, {{"rank": 4}}, {{"source": "
 """
 
 
-@pytest.mark.parametrize("moment", ["writing", "file_digest", "library_versions", "_fsync", "_discard", "_point"])
+@pytest.mark.parametrize("moment", ["writing", "file_digest", "library_versions", "fsync", "_discard", "_point"])
 def test_a_killed_writer_leaves_nothing_half_under_the_stages_name(tmp_path: Path, moment: str) -> None:
     run = tmp_path / "run"
     script = DEATH.format(root=str(ROOT), run=str(run), moment=moment)

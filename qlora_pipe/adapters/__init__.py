@@ -1,0 +1,1 @@
+"""Operations on finished adapters: PEFT LoRA folders in, PEFT LoRA folders or figures out."""
