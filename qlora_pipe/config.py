@@ -152,7 +152,7 @@ class Recover(Section):
         return tuple(sorted({0.0, *value}))
 
 
-IntegerFormat = Literal["compressed-tensors", "gptq", "gptq_v2"]
+IntegerFormat = Literal["compressed-tensors", "gptq", "gptq_v2", "gguf"]
 """Formats of other tools for the integer model; the folder of each has its name."""
 
 
@@ -166,8 +166,8 @@ class Export(Section):
     )
     integer: tuple[IntegerFormat, ...] | None = Field(
         None,
-        description="formats of the integer model, of compressed-tensors, gptq and gptq_v2; null: compressed-tensors, "
-        "which keeps it exactly, if that can hold it; []: none",
+        description="formats of the integer model, of compressed-tensors, gptq, gptq_v2 and gguf; null: "
+        "compressed-tensors, which keeps it exactly, if that can hold it; []: none",
     )
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="of exported dense weights")
 

@@ -12,7 +12,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import torch
+from gguf import GGUFReader
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -24,7 +26,9 @@ from qlora_pipe.config_data import TASK
 from qlora_pipe.config_file import load
 from qlora_pipe.errors import ArtifactError, ConfigError
 from qlora_pipe.events import Reporter
+from qlora_pipe.exporters.gguf import linear_blocks
 from qlora_pipe.exporters.gptq import ZERO_SHIFT
+from qlora_pipe.gguf_layout import FILE, gguf_bytes, gguf_name
 from qlora_pipe.hf import consumer
 from qlora_pipe.hf.model import Model
 from qlora_pipe.known import CHAIN
@@ -46,7 +50,8 @@ TOKENS = 64
 TOLERANCE = {"float32": 1e-4, "float16": 5e-3, "bfloat16": 5e-2}
 """Largest norm of the difference of logits, relative to their own, by the coarsest dtype on the way."""
 
-_READERS = {"peft": "peft", "compressed-tensors": "compressed-tensors", "gptq": "gptqmodel", "gptq_v2": "gptqmodel"}
+_READERS = {"peft": "peft", "compressed-tensors": "compressed-tensors", "gguf": "gguf"}
+_READERS |= dict.fromkeys(ZERO_SHIFT, "gptqmodel")
 _PACKAGES = {"compressed-tensors": ("compressed_tensors",), "gptqmodel": ("gptqmodel", "optimum")}
 
 
@@ -125,8 +130,8 @@ class Check:
         """What is to be said of the folder `name`."""
         reader = _READERS.get(name, "transformers")
         ours = "quantization_config" in _settings(self.run / "export" / name) if name == "small" else False
-        if name in ("compressed-tensors", *ZERO_SHIFT):
-            problem = self._layout_problem(name)
+        if name in ("compressed-tensors", "gguf", *ZERO_SHIFT):
+            problem = self._gguf_problem() if name == "gguf" else self._layout_problem(name)
             if problem is not None:
                 return Verdict(name, reader, None, None, False, problem)
         if any(find_spec(package) is None for package in _PACKAGES.get(reader, ())):
@@ -161,7 +166,8 @@ class Check:
         """The coarsest on the way; original weights are merged in that of the run."""
         config = self.context.config
         merged = name == "small" and config.train.base == "original" and not config.compact.enabled
-        dtypes = () if name == "peft" else (config.export.dtype, *([self.dtype] if merged else []))
+        steps = ["float16"] if name == "gguf" else []
+        dtypes = () if name == "peft" else (config.export.dtype, *steps, *([self.dtype] if merged else []))
         return max(dtypes, key=lambda dtype: TOLERANCE[dtype], default="float32")
 
     def _own(self, name: str) -> Tensor:
@@ -230,6 +236,21 @@ class Check:
                 return f"DIFFERS: codes of {linear}"
             if not torch.equal(steps, scale.to(steps.dtype)):
                 return f"DIFFERS: steps of {linear}"
+        return None
+
+    def _gguf_problem(self) -> str | None:
+        """The same of the GGUF file: every block as it is made from what was trained, and the planned size."""
+        known, path = self.context.known, self.run / "export" / "gguf" / FILE
+        layout, compact = known.exported_integers("gguf"), self.context.reader("compact")
+        if path.stat().st_size != gguf_bytes(layout, known.gguf_keys):
+            return "DIFFERS: another size than the format has"
+        stored = {tensor.name: tensor.data for tensor in GGUFReader(path).tensors}
+        if set(stored) != set(layout):
+            return "DIFFERS: other tensors than the format has"
+        for linear, bits in known.integer_bits.items():
+            blocks, _ = linear_blocks(compact.read, linear, known.small, bits, self.context.config.compact)
+            if not np.array_equal(stored[gguf_name(f"{linear}.weight")], blocks.numpy()):
+                return f"DIFFERS: codes or steps of {linear}"
         return None
 
 

@@ -28,8 +28,10 @@ _KEYS = {
 }
 
 
-_LINEARS = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
-_PER_LAYER = tuple(f"{part}.weight" for part in (*_LINEARS, "attn_norm", "ffn_norm"))
+LINEARS = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
+"""A layer's linear maps, in the order of `prune.groups.ROLES`."""
+
+_PER_LAYER = tuple(f"{part}.weight" for part in (*LINEARS, "attn_norm", "ffn_norm"))
 _BIASES = ("attn_q.bias", "attn_k.bias", "attn_v.bias")
 _HEAD_NORMS = ("attn_q_norm.weight", "attn_k_norm.weight")
 _POST_NORMS = ("post_attention_norm.weight", "post_ffw_norm.weight")

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 
 from prune.groups import PRUNED_AXIS, LayerShape, shape_of
 from qlora_pipe import layouts
@@ -12,6 +13,8 @@ from qlora_pipe.architectures import Architecture, linear_name
 from qlora_pipe.artifacts.layout import DTYPE_BYTES, SHARD_BYTES, entry_bytes, folder_files
 from qlora_pipe.config import Config, IntegerFormat
 from qlora_pipe.errors import ConfigError
+from qlora_pipe.gguf_layout import FILE, gguf_bytes, gguf_keys, gguf_tensors
+from qlora_pipe.gguf_tokens import Keys
 from qlora_pipe.integer_formats import chosen
 from qlora_pipe.reading import read_by
 from qlora_pipe.rules import Narrowed, bits_of, narrow
@@ -51,7 +54,8 @@ class Known:
     """Configuration and headers; the allocation once it is solved (`allocation_is_final`), before that an estimate;
     the layers that pruning leaves once they are selected (`kept`).
 
-    `converts`: the model is a GGUF file, which becomes a folder of fp32 safetensors first."""
+    `converts`: the model is a GGUF file, which becomes a folder of fp32 safetensors first. `folder`: where the model
+    lies as a folder; without one the plan has no tokenizer to count in an exported GGUF."""
 
     config: Config
     architecture: Architecture
@@ -60,6 +64,7 @@ class Known:
     allocation_is_final: bool
     converts: bool = False
     kept: tuple[LayerShape, ...] | None = None
+    folder: Path | None = None
 
     @cached_property
     def small(self) -> Architecture:
@@ -133,8 +138,15 @@ class Known:
 
     def exported_integers(self, name: IntegerFormat) -> layouts.Tensors:
         """The integer model in a format of other tools."""
-        layout = layouts.compressed_tensors if name == "compressed-tensors" else layouts.gptq
+        layout = {"compressed-tensors": layouts.compressed_tensors, "gguf": gguf_tensors}.get(name, layouts.gptq)
         return layout(self.small, self.config.export.dtype, self.config.compact, self.integer_bits)
+
+    @cached_property
+    def gguf_keys(self) -> Keys:
+        """What an exported GGUF says beside its tensors; raises ConfigError, SourceError."""
+        if self.folder is None:
+            return {}
+        return gguf_keys(self.folder, self.small, self.config.compact, self.integer_bits)
 
     def compensation(self) -> layouts.Tensors:
         """Slot C."""
@@ -203,6 +215,9 @@ class Known:
         found: dict[str, int] = {}
         for path, layout in self.outputs(stage).items():
             folder, slash, stem = path.rpartition("/")
+            if path == "gguf/model":
+                found[f"gguf/{FILE}"] = gguf_bytes(layout, self.gguf_keys)
+                continue
             limit = sys.maxsize if path == PEFT_ADAPTER else SHARD_BYTES
             found |= {f"{folder}{slash}{name}": size for name, size in folder_files(layout, limit, stem).items()}
         return found

@@ -80,7 +80,8 @@ def know(config: Config, base: Path | None = None) -> Known:
     config = settled(config, architecture, dtypes)
     estimate = estimate_allocation(architecture, dtypes, config)
     converts = source.kind == "gguf"
-    return Known(config, architecture, dtypes, estimate, allocation_is_final=False, converts=converts)
+    folder = source.path if source.kind == "folder" else None
+    return Known(config, architecture, dtypes, estimate, allocation_is_final=False, converts=converts, folder=folder)
 
 
 def plan_known(known: Known) -> Plan:

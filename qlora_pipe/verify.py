@@ -16,6 +16,7 @@ from prune.indexmap import IndexMap
 from prune.scatter import restrict_adapter, scatter_adapter
 from qlora_pipe.allocation import recheck
 from qlora_pipe.architectures import linear_name
+from qlora_pipe.artifacts.layout import is_weights
 from qlora_pipe.artifacts.manifest import MANIFEST, Manifest, check_files, read_manifest
 from qlora_pipe.artifacts.tensors import TensorReader
 from qlora_pipe.errors import ArtifactError, ConfigError, SourceError
@@ -78,7 +79,7 @@ def _one_kind_of_error(folder: Path) -> Iterator[None]:
 
 def _check_plan(folder: Path, manifest: Manifest) -> None:
     """The plan named every weight file, to the byte."""
-    written = {name: entry.bytes for name, entry in manifest.files.items() if ".safetensors" in name}
+    written = {name: entry.bytes for name, entry in manifest.files.items() if is_weights(name)}
     for name in sorted(written | manifest.planned):
         if written.get(name) != manifest.planned.get(name):
             raise ArtifactError(

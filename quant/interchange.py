@@ -3,7 +3,8 @@
 Both layouts pack codes ``u = q + 2**(bits - 1)`` into 32-bit words, the first code in the least significant bits. At
 2, 4 and 8 bits that is what ``quant.pack`` does; at 3 bits a code may straddle two words, 32 codes to three of them.
 compressed-tensors packs along the input of a matrix [out, in]; GPTQ stores the transpose, still packed along the input,
-and its zero points packed along the output.
+and its zero points packed along the output. GGUF has blocks of 32 weights along the input, each with its step before
+its codes.
 """
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from quant.exceptions import QuantError, ShapeError
 from quant.grid import bounds
 from quant.pack import pack, unpack
-from quant.storage import GPTQ_MULTIPLE, WORD_BITS
+from quant.storage import GGUF_BLOCK, GPTQ_MULTIPLE, WORD_BITS
 
 
 def dense_stream(words: Tensor, bits: int, columns: int) -> Tensor:
@@ -94,6 +95,70 @@ def gptq_buffers(words: Tensor, steps: Tensor, bits: int, group_size: int, zero_
         "scales": steps.T.contiguous(),
         "g_idx": torch.arange(columns, dtype=torch.int32) // group_size,
     }
+
+
+def gguf_blocks(words: Tensor, steps: Tensor, bits: int, group_size: int, smallest: Tensor | None = None) -> Tensor:
+    """One linear map as blocks of GGUF: Q8_0 at 8 bits, W = q * step, and at 4 bits Q4_0, W = (u - 8) * step, or with
+    ``smallest`` Q4_1, W = u * step + smallest.
+
+    Args:
+        words: int32 [out, packed_columns(in, bits)]. steps: fp16 [out, in // group_size], see ``half_steps``.
+        smallest: fp16 like ``steps``, the weight of the lowest code, see ``half_smallest``; at 4 bits alone.
+
+    Returns:
+        uint8 [out, bytes]: to every 32 weights a step (and a smallest weight) and 32 int8, or 16 bytes with the codes
+        of weights j and j + 16 in the low and the high half of byte j (the ggml project: block_q8_0, block_q4_0,
+        block_q4_1). A group of several blocks has its step in each.
+
+    Raises:
+        ShapeError: ``group_size`` is no multiple of 32. QuantError: another width.
+
+    Peak bytes: 4 for each code.
+    """
+    if bits not in (4, 8) or (smallest is not None and bits != 4):
+        raise QuantError(f"GGUF has steps for 4 and 8 bits, and smallest weights for 4, not for {bits}")
+    if group_size % GGUF_BLOCK:
+        raise ShapeError(f"GGUF needs groups that are multiples of {GGUF_BLOCK}, found {group_size}")
+    rows, groups = steps.shape
+    blocks = groups * group_size // GGUF_BLOCK
+    codes = unpack(words, bits, groups * group_size).view(rows, blocks, GGUF_BLOCK)
+    if bits == 8:
+        stored = (codes - 128).view(torch.uint8)  # uint8 wraps: the bytes of the signed code
+    else:
+        low, high = codes.chunk(2, dim=-1)
+        stored = low | high << 4
+    heads = [steps] if smallest is None else [steps, smallest]
+    numbers = torch.stack(heads, dim=-1).repeat_interleave(group_size // GGUF_BLOCK, dim=1)
+    return torch.cat([numbers.view(torch.uint8), stored], dim=-1).view(rows, -1)
+
+
+def half_smallest(scale: Tensor, offset: Tensor) -> tuple[Tensor, float]:
+    """Weights of code 0 of 4 bits, ``offset - 8 * scale``, in fp16, and the largest change of one, in steps.
+
+    Args:
+        scale, offset: fp32 [out, groups].
+
+    Raises:
+        QuantError: one would be infinite, or a step 0.
+    """
+    exact = offset - 8 * scale
+    half = exact.half()
+    lost = half.isinf() | (scale.half() == 0)
+    if bool(lost.any()):
+        raise QuantError(f"float16 has no {float(exact[lost][0]):g} for the smallest weight of a group")
+    return half, float(((half.to(scale.dtype) - exact).abs() / scale).max())
+
+
+def rotary_rows(rows: int, head_dim: int, device: torch.device | None = None) -> Tensor:
+    """int64 [rows]: which row of q or k, as checkpoints of transformers have them, stands where in a GGUF file of the
+    family llama. Rotary pairs are the two halves of a head in the first, neighbours in the second.
+
+    Raises:
+        ShapeError: the rows are no whole heads of an even width.
+    """
+    if head_dim % 2 or rows % head_dim:
+        raise ShapeError(f"{rows} rows are no heads of {head_dim}, in pairs")
+    return torch.arange(rows, device=device).view(-1, 2, head_dim // 2).transpose(1, 2).reshape(-1)
 
 
 def half_steps(words: Tensor, scale: Tensor, bits: int, group_size: int) -> tuple[Tensor, float]:

@@ -15,6 +15,9 @@ WORD_BITS = 32
 GPTQ_MULTIPLE = 32
 """Both sides of a GPTQ matrix are multiples of this, so that its words are whole at every width."""
 
+GGUF_BLOCK = 32
+"""Weights of a GGUF block of the kinds that have one step."""
+
 PACK_BITS = (2, 3, 4, 8)
 """Widths that have a packed layout."""
 

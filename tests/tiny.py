@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import yaml
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from qlora_pipe.allocation import read_allocation
@@ -52,6 +52,24 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|end|>")
+
+
+def bpe_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE with merges, special tokens, one that is added without being special, and a chat template."""
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=276, initial_alphabet=alphabet, special_tokens=["<|endoftext|>", "<|start|>"], show_progress=False
+    )
+    core.train_from_iterator(["the word of the line is blue", "what is the 3rd word of line 12"] * 4, trainer)
+    found = PreTrainedTokenizerFast(
+        tokenizer_object=core, eos_token="<|endoftext|>", bos_token="<|start|>", pad_token="<|endoftext|>"
+    )
+    found.add_tokens(["<think>"])
+    found.chat_template = "{% for message in messages %}<|start|>{{ message['content'] }}{% endfor %}"
+    return found
 
 
 def save_texts(folder: Path) -> None:

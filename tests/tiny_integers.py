@@ -10,7 +10,9 @@ from torch import Tensor
 from qlora_pipe import layouts
 from qlora_pipe.config_training import Compact
 from qlora_pipe.exporters.compressed_tensors import write_compressed_tensors
+from qlora_pipe.exporters.gguf import write_gguf
 from qlora_pipe.exporters.gptq import write_gptq
+from qlora_pipe.gguf_layout import gguf_keys, gguf_tensors
 from qlora_pipe.hf.model import Model, dense_linear
 from quant.pack import pack
 
@@ -44,6 +46,11 @@ class Integers:
         given = (self.tiny.architecture, dtype, self.settings, self.bits)
         if kind == "compressed-tensors":
             return write_compressed_tensors(folder, layouts.compressed_tensors(*given), self.read, **shared)
+        if kind == "gguf":
+            keys = gguf_keys(self.base, self.tiny.architecture, self.settings, self.bits)
+            about: dict[str, Any] = {"architecture": self.tiny.architecture, "settings": self.settings}
+            found = write_gguf(folder, gguf_tensors(*given), self.read, keys=keys, bits=self.bits, **about)
+            return found["largest_change_of_a_step"]
         return write_gptq(folder, layouts.gptq(*given), self.read, version=kind, **shared)
 
     def weight(self, name: str, steps: torch.dtype = torch.float32) -> Tensor:

@@ -64,6 +64,11 @@ class TensorSpec:
 Layout = Mapping[str, TensorSpec]
 
 
+def is_weights(name: str) -> bool:
+    """Whether the plan says how large a file of this name is."""
+    return ".safetensors" in name or name.endswith(".gguf")
+
+
 def header(layout: Layout) -> bytes:
     """The file's first bytes: 8-byte little-endian length, then JSON padded with spaces to a multiple of 8."""
     entries: dict[str, object] = {"__metadata__": _METADATA}

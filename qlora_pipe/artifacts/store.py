@@ -16,6 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from qlora_pipe.artifacts.layout import is_weights
 from qlora_pipe.artifacts.manifest import (
     MANIFEST,
     FileEntry,
@@ -145,7 +146,7 @@ class Store:
         """Hash, compare with the plan, write the manifest last, then rename into place. Raises PlanError."""
         names = list_files(folder)
         files = {name: FileEntry(file_digest(folder / name), (folder / name).stat().st_size) for name in names}
-        weights = {name for name in names if ".safetensors" in name}
+        weights = {name for name in names if is_weights(name)}
         for name in sorted(weights | set(planned)):
             written = files[name].bytes if name in files else None
             if written != planned.get(name):

@@ -18,6 +18,11 @@ _GPTQ = """\
 from gptqmodel import GPTQModel
 
 model = GPTQModel.load("FOLDER")"""
+_GGUF = """\
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("FOLDER", gguf_file="model.gguf")
+tokenizer = AutoTokenizer.from_pretrained("FOLDER", gguf_file="model.gguf")"""
 _TRANSFORMERS = """\
 from transformers import AutoModelForCausalLM
 
@@ -30,12 +35,14 @@ _TITLES = {
     "compressed-tensors": "{}, pruned, as integers, in compressed-tensors",
     "gptq": "{}, pruned, as integers, in GPTQ",
     "gptq_v2": "{}, pruned, as integers, in GPTQ version 2",
+    "gguf": "{}, pruned, as integers, in GGUF",
 }
 _NEEDS = {
     "peft": "peft and transformers",
     "compressed-tensors": "transformers and compressed-tensors",
     "gptq": "GPTQModel (or transformers beside it, if all matrices have one width)",
     "gptq_v2": "GPTQModel (or transformers beside it, if all matrices have one width)",
+    "gguf": "transformers and gguf, which make the matrices dense, or another reader of llama.cpp's format",
 }
 
 
@@ -111,9 +118,15 @@ def _facts(kind: str, origin: Origin, said: Mapping[str, Any], recovery: Mapping
                 yield "3-bit codes lie densely, as in compressed-tensors 0.20; early releases put ten into a word."
         else:
             change = said["largest_change_of_a_step"]
-            yield f"Steps are rounded to float16, none by more than {change:.1e} of itself; so are biases."
+            beside = "" if kind == "gguf" else "; so are biases"
+            yield f"Steps are rounded to float16, none by more than {change:.1e} of itself{beside}."
+        if "largest_change_of_an_offset" in said:
+            moved = said["largest_change_of_an_offset"]
+            yield f"So are the smallest weights of groups, none by more than {moved:.1e} of a step."
+        if kind in ("gptq", "gptq_v2"):
             yield f"A stored zero point is the true one{' minus 1' if kind == 'gptq' else ''}; all are symmetric."
-        yield f"All else is stored in {said['dtype']}."
+        small = ", norms and biases in float32" if kind == "gguf" else ""
+        yield f"All else is stored in {said['dtype']}{small}."
     else:
         yield f"Weights: {said['weights']}, stored in {said['dtype']}."
     yield (
@@ -127,6 +140,8 @@ def _loading(kind: str, origin: Origin) -> str:
         return _PEFT.format(base=origin.model if origin.hub else "BASE")
     if kind in ("gptq", "gptq_v2"):
         return _GPTQ
+    if kind == "gguf":
+        return _GGUF
     return _TRANSFORMERS
 
 

@@ -27,6 +27,8 @@ def load(request: dict[str, Any]) -> Any:
         return GPTQModel.load(request["folder"], **options).model
     from transformers import AutoModelForCausalLM
 
+    if request["reader"] == "gguf":
+        return AutoModelForCausalLM.from_pretrained(request["folder"], gguf_file="model.gguf", dtype=torch.float32)
     if request["reader"] != "peft":
         return AutoModelForCausalLM.from_pretrained(request["folder"], dtype=torch.float32)
     from peft import PeftModel

@@ -13,6 +13,7 @@ from qlora_pipe.config import IntegerFormat
 from qlora_pipe.exporters.card import Origin, histogram, write_card
 from qlora_pipe.exporters.compressed_tensors import write_compressed_tensors
 from qlora_pipe.exporters.dense import write_dense
+from qlora_pipe.exporters.gguf import write_gguf
 from qlora_pipe.exporters.gptq import write_gptq
 from qlora_pipe.exporters.peft import write_peft
 from qlora_pipe.sources import base_name, find_model, read_config
@@ -119,6 +120,10 @@ def _integer_model(context: Context, name: IntegerFormat) -> dict[str, Any]:
     if name == "compressed-tensors":
         write_compressed_tensors(context.out / name, layout, reader.read, **shared)
         return said | {"steps": "float32, as trained", "exact": settings.export.dtype == "float32"}
+    if name == "gguf":
+        found = {"keys": known.gguf_keys, "architecture": known.small, "bits": shared["bits"]}
+        changes = write_gguf(context.out / name, layout, reader.read, settings=settings.compact, **found)
+        return said | {"steps": "float16", "exact": not any(changes.values())} | changes
     largest = write_gptq(context.out / name, layout, reader.read, version=name, **shared)
     return said | {"steps": "float16", "largest_change_of_a_step": largest, "exact": largest == 0}
 

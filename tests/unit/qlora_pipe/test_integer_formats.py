@@ -9,6 +9,7 @@ from qlora_pipe.architectures import from_config
 from qlora_pipe.artifacts.layout import file_bytes
 from qlora_pipe.config import Config
 from qlora_pipe.errors import ConfigError
+from qlora_pipe.gguf_layout import gguf_bytes
 from qlora_pipe.known import Known, estimate_allocation
 from qlora_pipe.shapes import check_shapes
 
@@ -26,14 +27,14 @@ PRUNE = {"kv_ratio": 0.0, "ffn_ratio": 0.3, "align": 32}
 ALLOCATED = {"ratio": 0.2, "widths": "allocated", "align": 32}
 
 
-def knowing(**changes: Any) -> Known:
+def knowing(model: dict[str, Any] = QWEN, **changes: Any) -> Known:
     settings: dict[str, Any] = {"prune": PRUNE, "compact": {"group_size": 32}} | changes
     body = {
         "model": "owner/name",
         "data": {"calibration": "a.txt", "task": "b.txt"},
         "decompose": {"bits": (2, 4), "block_sizes": (16, 32), "ranks": (0,), "budget": "6bits"},
     }
-    config, architecture = Config.model_validate(body | settings), from_config(QWEN)
+    config, architecture = Config.model_validate(body | settings), from_config(model)
     return Known(config, architecture, {}, estimate_allocation(architecture, {}, config), True)
 
 
@@ -45,6 +46,7 @@ def prune(**changes: Any) -> dict[str, Any]:
     return {"prune": PRUNE | changes}
 
 
+LLAMA = QWEN | {"model_type": "llama"}
 CASES: list[tuple[str, dict[str, Any], str]] = [
     ("every", compact(bits=2), "code 0 of 2 bits stands for half a step.*set compact.offset to zero"),
     ("every", compact(rules=[{"roles": ["v"], "bits": 2}]), "code 0 of 2 bits stands for half a step"),
@@ -102,3 +104,52 @@ def test_the_default_is_the_exact_one_and_can_be_switched_off() -> None:
 def test_formats_need_an_integer_model() -> None:
     with pytest.raises(ValidationError, match=r"gptq is a format of the integer model.*export.integer to \[\]"):
         knowing(compact={"enabled": False}, export={"integer": ["gptq"]})
+
+
+GGUF: list[tuple[dict[str, Any], dict[str, Any], str]] = [
+    (QWEN, compact(bits=2), "no matrices of 2 bits .*only of 4 and 8: set compact.bits and the rules of compact to 4"),
+    (QWEN, compact(rules=[{"roles": ["v"], "bits": 3}]), "no matrices of 3 bits"),
+    (QWEN, compact(group_size=16), "blocks are of 32 weights: set compact.group_size to a multiple"),
+    (QWEN, compact(bits=8, offset="half"), "code 0 of 8 bits stands for half a step.*compact.offset to zero"),
+    (QWEN, compact(method="qat-lora"), "no place for the adapter.*set compact.method to l4q"),
+    (QWEN, compact(bits=8, method="qa-lora"), "a number that qa-lora trains.*set compact.method to l4q"),
+    (QWEN, prune(protect_last=1), "may differ in width.*prune.protect_last to 0"),
+    (QWEN, prune(bias=True), "no place for the biases.*set prune.bias to false"),
+    (QWEN, prune(kv_ratio=0.5), "heads of a qwen2 model for 64/2 wide: set prune.kv_ratio to 0"),
+    (QWEN | {"model_type": "gemma2"}, {}, "a gemma2 model is not known here, of llama, qwen2, qwen3 it is"),
+    (QWEN | {"model_type": "mistral"}, {}, "a mistral model is not known here"),
+    (
+        QWEN | {"model_type": "qwen3", "head_dim": 16},
+        {},
+        "heads of a qwen3 model for 128 wide: take compressed-tensors",
+    ),
+    (LLAMA | {"attention_bias": True}, {}, "leave out the biases of this llama model: take compressed-tensors"),
+]
+
+
+@pytest.mark.parametrize(("model", "changes", "says"), GGUF)
+def test_what_gguf_cannot_hold_is_refused(model: dict[str, Any], changes: dict[str, Any], says: str) -> None:
+    asked = knowing(model, **changes, export={"integer": ["gguf"]})
+    with pytest.raises(ConfigError, match=f"export.integer: gguf cannot hold the integer model: .*{says}"):
+        check_shapes(asked.architecture, asked.config)
+
+
+@pytest.mark.parametrize(
+    ("changes", "paid"),
+    [
+        ({}, 4.5),
+        (compact(offset="half"), 5.0),
+        (compact(offset="trained"), 5.0),
+        (compact(method="qa-lora"), 5.0),
+        (compact(bits=8), 8.5),
+        (compact(group_size=64), 4.5),
+    ],
+)
+def test_what_gguf_holds_is_planned(changes: dict[str, Any], paid: float) -> None:
+    known = knowing(LLAMA, **{"prune": PRUNE | {"align": 64}} | changes, export={"integer": ["gguf"]})
+    check_shapes(known.architecture, known.config)
+    layout = known.exported_integers("gguf")
+    rows, columns = known.small.linear_shapes()["model.layers.1.mlp.down_proj"]
+    assert 8 * layout["blk.1.ffn_down.weight"].nbytes / rows / columns == paid
+    # Without a folder there is no tokenizer to count, and nothing to say.
+    assert known.files("export")["gguf/model.gguf"] == gguf_bytes(layout, {})

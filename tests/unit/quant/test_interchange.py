@@ -1,5 +1,6 @@
 """Integer weights in the layouts of other tools, against golden words and a reader of one long number."""
 
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -8,7 +9,16 @@ from torch import Tensor
 
 from quant.exceptions import QuantError, ShapeError
 from quant.grid import dequantize, to_signed
-from quant.interchange import compressed_tensors_buffers, dense_stream, gptq_buffers, half_steps, stream_codes
+from quant.interchange import (
+    compressed_tensors_buffers,
+    dense_stream,
+    gguf_blocks,
+    gptq_buffers,
+    half_smallest,
+    half_steps,
+    rotary_rows,
+    stream_codes,
+)
 from quant.pack import pack
 
 WIDTHS = (2, 3, 4, 8)
@@ -116,3 +126,64 @@ def test_sides_that_gptq_cannot_have(rows: int, columns: int) -> None:
     _, words, scale = random_map(4, rows, columns, group=16)
     with pytest.raises(ShapeError, match=rf"multiples of 32, found \[{rows}, {columns}\]"):
         gptq_buffers(words, scale.half(), 4, 16, 1)
+
+
+GGUF = {"Q8_0": (8, None), "Q4_0": (4, None), "Q4_1": (4, 0.3)}
+
+
+@pytest.mark.parametrize("group", [32, 96])
+@pytest.mark.parametrize("kind", GGUF)
+def test_the_gguf_package_gives_the_weights_of_its_steps(kind: str, group: int) -> None:
+    """Every code, the lowest and the highest among them, times its fp16 step, in float64."""
+    bits, offset = GGUF[kind]
+    codes, words, scale = random_map(bits, 5, 192, group)
+    assert (int(codes.min()), int(codes.max())) == (0, 2**bits - 1)
+    steps, _ = half_steps(words, scale, bits, group)
+    smallest = None if offset is None else half_smallest(scale, offset * scale)[0]
+    blocks = gguf_blocks(words, steps, bits, group, smallest)
+    found = gguf.dequantize(blocks.numpy(), gguf.GGMLQuantizationType[kind])
+    per_weight = (codes.double().numpy(), steps.double().repeat_interleave(group, dim=1).numpy())
+    if smallest is None:
+        expected = (per_weight[0] - 2 ** (bits - 1)) * per_weight[1]
+        assert (np.rint(found / per_weight[1]) + 2 ** (bits - 1) == codes.numpy()).all()
+    else:
+        expected = per_weight[0] * per_weight[1] + smallest.double().repeat_interleave(group, dim=1).numpy()
+    assert (found == expected.astype(np.float32)).all()
+
+
+def test_a_gguf_block_byte_by_byte() -> None:
+    """Step 1.0 is 3C00 and -8.0 C800 in fp16; byte j holds codes j and j + 16."""
+    words = pack(torch.arange(32, dtype=torch.uint8)[None] % 16, 4)
+    one, least = torch.ones(1, 1).half(), torch.full((1, 1), -8.0).half()
+    nibbles = "".join(f"{code:X}{code:X}" for code in range(16))
+    assert gguf_blocks(words, one, 4, 32)[0].numpy().tobytes().hex().upper() == f"003C{nibbles}"
+    assert gguf_blocks(words, one, 4, 32, least)[0].numpy().tobytes().hex().upper() == f"003C00C8{nibbles}"
+    octets = pack(torch.tensor([[0, 1, 127, 128, 255] + [128] * 27], dtype=torch.uint8), 8)
+    assert gguf_blocks(octets, one, 8, 32)[0].numpy().tobytes()[2:7].hex() == "8081ff007f"
+
+
+def test_the_smallest_weights_of_gguf_say_what_they_lost() -> None:
+    scale, offset = torch.tensor([[0.01, 0.02]]), torch.tensor([[0.003, -0.001]])
+    smallest, change = half_smallest(scale, offset)
+    exact = offset.double() - 8 * scale.double()
+    assert change == pytest.approx(float(((smallest.double() - exact).abs() / scale.double()).max()), rel=1e-3)
+    assert 0 < change < 8 * 2**-11
+    for wrong, says in ((1e4, "-80000"), (1e-8, "-8e-08")):
+        with pytest.raises(QuantError, match=f"float16 has no {says} for the smallest weight"):
+            half_smallest(torch.full((1, 1), wrong), torch.zeros(1, 1))
+
+
+def test_what_gguf_blocks_cannot_be_is_refused() -> None:
+    steps = torch.ones(1, 2).half()
+    with pytest.raises(QuantError, match=r"for 4 and 8 bits, .* not for 2"):
+        gguf_blocks(pack(torch.zeros(1, 64, dtype=torch.uint8), 2), steps, 2, 32)
+    with pytest.raises(QuantError, match="smallest weights for 4, not for 8"):
+        gguf_blocks(pack(torch.zeros(1, 64, dtype=torch.uint8), 8), steps, 8, 32, steps)
+    with pytest.raises(ShapeError, match="multiples of 32, found 16"):
+        gguf_blocks(pack(torch.zeros(1, 32, dtype=torch.uint8), 4), steps, 4, 16)
+    with pytest.raises(ShapeError, match="12 rows are no heads of 8"):
+        rotary_rows(12, 8)
+
+
+def test_halves_of_a_head_become_neighbours() -> None:
+    assert rotary_rows(12, 6).tolist() == [0, 3, 1, 4, 2, 5, 6, 9, 7, 10, 8, 11]
