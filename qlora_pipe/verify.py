@@ -23,6 +23,7 @@ from qlora_pipe.inspection import plural, stages_of, weight_sets
 from qlora_pipe.known import CHAIN
 from qlora_pipe.selection import recheck as recheck_selection
 from qlora_pipe.units import format_bytes
+from qlora_pipe.verify_integers import check_exported
 from qlora_pipe.verify_sparse import check_masks, check_zeros
 from quant.pack import pack, unpack
 from quant.storage import Choice
@@ -298,6 +299,7 @@ _ACROSS: dict[str, Callable[[Path], None]] = {
     "prune": _check_sliced,
     "align": _check_cut,
     "recover": _check_scattered,
+    "export": lambda run: check_exported(run, _kept(run / "select")),
 }
 """What a stage's artifact owes to those of other stages; takes the run."""
 
