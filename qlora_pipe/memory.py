@@ -143,7 +143,8 @@ def _work(stage: str, known: Known) -> _Work:
         return _Work(max(targets + max(asking + tuned, training), _blocks(known, tuned, trained, starting)), stream)
     if stage in ("recover", "evaluate"):
         passing = passing_bytes(full, EVALUATION_TOKENS) + head_bytes(known, EVALUATION_TOKENS)
-        return _Work(rebuilt_bytes(dense_bytes(known, full), known) + full_adapter + passing, stream)
+        corrected = adapter if stage == "recover" and config.recover.correction != "none" else 0
+        return _Work(rebuilt_bytes(dense_bytes(known, full), known) + full_adapter + corrected + passing, stream)
     return _Work(0, stream if stage == "export" else 0)
 
 
