@@ -144,6 +144,11 @@ class Recover(Section):
         (0.0, 0.25, 0.5, 0.75, 1.0, 1.25),
         description="adapter scales tried on held-out rows; 0 is always tried",
     )
+    correction: Literal["none", "emloc"] = Field(
+        "none",
+        description="emloc: the adapter is also tried with B corrected for what rounding changed in the weights it was "
+        "trained on (EMLoC), and kept so if it is better on these rows",
+    )
     rows: Positive = Field(24, description="held-out rows behind the choice, none of them used by evaluate")
 
     @field_validator("scales")
@@ -279,6 +284,22 @@ class Config(Section):
             raise ValueError(
                 "compact.warm_start goes on from a new adapter, and train.low_rank: trained makes none: set "
                 "compact.warm_start to false, or train.low_rank to frozen"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _corrections_have_a_difference(self) -> "Config":
+        if self.recover.correction == "none":
+            return self
+        if self.prune.sparsity.enabled:
+            raise ValueError(
+                "recover.correction: emloc would make up for the entries that prune.sparsity takes, which are back in "
+                "the full model: set recover.correction to none"
+            )
+        if (self.train.base == "original") == (self.recover.base == "original"):
+            raise ValueError(
+                f"recover.correction: emloc makes up for a difference of weights, and train.base: {self.train.base} "
+                f"has those of recover.base: {self.recover.base}: set correction to none, or one base to another"
             )
         return self
 

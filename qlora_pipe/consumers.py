@@ -41,8 +41,7 @@ from qlora_pipe.stages.base import Context
 from qlora_pipe.stages.compact import compact_model
 from qlora_pipe.stages.models import base_model, decomposed_model, task_model, with_adapter
 from qlora_pipe.stages.train import strength
-from quant.interchange import stream_codes
-from quant.pack import unpack
+from qlora_pipe.verify_integers import difference
 
 TOKENS = 64
 """Held-out tokens whose logits are compared, at most."""
@@ -221,21 +220,10 @@ class Check:
         expected = known.exported_integers("compressed-tensors" if name == "compressed-tensors" else "gptq")
         if {tensor: place.spec for tensor, place in reader.locations.items()} != expected:
             return "DIFFERS: other tensors than the format has"
-        for linear, (rows, columns) in known.small.linear_shapes().items():
-            bits = known.integer_bits[linear]
-            codes = unpack(compact.read(f"{linear}.codes"), bits, columns)
-            scale = compact.read(f"{linear}.scale")
-            if name == "compressed-tensors":
-                stored, steps = reader.read(f"{linear}.weight_packed"), reader.read(f"{linear}.weight_scale")
-            else:
-                stored, steps = reader.read(f"{linear}.qweight").T, reader.read(f"{linear}.scales").T
-                zeros = stream_codes(reader.read(f"{linear}.qzeros"), bits, rows) + ZERO_SHIFT[name]
-                if not bool((zeros == 2 ** (bits - 1)).all()):
-                    return f"DIFFERS: zero points of {linear}"
-            if not torch.equal(stream_codes(stored, bits, columns), codes):
-                return f"DIFFERS: codes of {linear}"
-            if not torch.equal(steps, scale.to(steps.dtype)):
-                return f"DIFFERS: steps of {linear}"
+        for linear, sides in known.small.linear_shapes().items():
+            problem = difference(reader, compact, name, linear, sides, known.integer_bits[linear])
+            if problem is not None:
+                return f"DIFFERS: {problem}"
         return None
 
     def _gguf_problem(self) -> str | None:

@@ -158,8 +158,10 @@ def _work(stage: str, known: Known) -> _Work:
         return _compacting(known, stream, matrix)
     if stage in ("recover", "evaluate"):
         passing = passing_bytes(full, EVALUATION_TOKENS) + head_bytes(known, EVALUATION_TOKENS)
-        adapter = layouts.tensor_bytes(known.full_adapter())
-        return _Work(rebuilt_bytes(dense_bytes(known, full), known) + adapter + passing, stream)
+        adapters = layouts.tensor_bytes(known.full_adapter())
+        if stage == "recover" and config.recover.correction != "none":
+            adapters += layouts.tensor_bytes(known.adapter())
+        return _Work(rebuilt_bytes(dense_bytes(known, full), known) + adapters + passing, stream)
     return _Work(0, stream if stage == "export" else 0)
 
 

@@ -11,6 +11,7 @@ def read_by(stage: str, config: Config, full_packed: str) -> tuple[str, ...]:
     first = ("calibrate",) if compact and config.compact.init in ("auto", "feedback", "awmse") else ()
     grid = compact if config.compact.method == "l4q" else ()
     deployed = (full_packed,) if config.recover.base == "decomposed" else ()
+    correcting = ("prune",) if config.recover.correction != "none" else ()
     small = ("prune", "align") if config.compensates else ("prune",)
     # The biases that pruning left are the packed model's.
     original_small = ("source", *(small if config.prune.leaves_bias else small[1:]))
@@ -32,7 +33,7 @@ def read_by(stage: str, config: Config, full_packed: str) -> tuple[str, ...]:
         "align": (*guided, *aligning),
         "train": (*under, *(("source",) if config.train.asks else ())),
         "compact": (*original_small, *first, "train") if compact else (),
-        "recover": ("source", *(first if grid else ()), *under, "train", *grid, *deployed),
+        "recover": ("source", *(first if grid else ()), *under, "train", *grid, *deployed, *correcting),
         "export": ("source", "recover", *trained, *deployed),
         "evaluate": ("source", full_packed, *small, "train", *compact, "recover"),
     }

@@ -27,6 +27,14 @@ def choose_scale(loss_by_scale: Mapping[float, float]) -> float:
     return min(loss_by_scale, key=lambda scale: (loss_by_scale[scale], abs(scale)))
 
 
+def choose_adapter(losses: Mapping[str, Mapping[float, float]]) -> tuple[str, float]:
+    """Of several adapters, by name and scale, the one with the lowest held-out loss and its scale; the first unless
+    another one is strictly better."""
+    scales = {name: choose_scale(found) for name, found in losses.items()}
+    best = min(losses, key=lambda name: losses[name][scales[name]])
+    return best, scales[best]
+
+
 class UnquantiseGap(NamedTuple):
     """Losses of the small model under L4Q: integers as trained, W + BA left unquantised, integers without BA."""
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prune.correction import within_limit
 from prune.exceptions import PruneError
 from prune.groups import ROLES, shape_of
 from prune.indexmap import IndexMap
@@ -24,6 +25,7 @@ from qlora_pipe.inspection import plural, stages_of, weight_sets
 from qlora_pipe.known import CHAIN
 from qlora_pipe.selection import recheck as recheck_selection
 from qlora_pipe.units import format_bytes
+from qlora_pipe.verify_integers import check_exported
 from qlora_pipe.verify_sparse import check_masks, check_zeros
 from quant.pack import pack, unpack
 from quant.storage import Choice
@@ -234,6 +236,9 @@ def _check_recovery(folder: Path) -> None:
         raise ArtifactError(f"{path}: expected finite losses >= 0, found {losses}; {_AGAIN}")
     if 0.0 not in losses or losses.get(body["scale"]) != min(losses.values()):
         raise ArtifactError(f"{path}: scale {body['scale']} is not the best of {losses}; {_AGAIN}")
+    for other in body.get("rejected", ()):
+        if not min(losses.values()) <= min(other["loss_by_scale"].values()):
+            raise ArtifactError(f"{path}: correction {other['correction']} is better than the chosen one; {_AGAIN}")
 
 
 def _check_metrics(folder: Path) -> None:
@@ -256,9 +261,11 @@ _CHECKS: dict[str, Callable[[Path], None]] = {
 
 
 def _check_scattered(run: Path) -> None:
-    """Every recovered adapter equals the small one on the kept block, to the bit, and is zero elsewhere."""
+    """Every recovered adapter equals the small one on the kept block, to the bit, and is zero elsewhere; of a corrected
+    one that holds for A, and B is zero elsewhere and not moved by more than corrections may."""
     folder, kept = run / "recover", _kept(run / "select")
-    if _read(folder / "recovery.json").get("index_map") != kept.digest():
+    report = _read(folder / "recovery.json")
+    if report.get("index_map") != kept.digest():
         raise ArtifactError(f"{folder}: the adapter was scattered by another kept.json than select's; {_AGAIN}")
     for stage, stem in (("train", "adapter"), ("compact", "compact_adapter")):
         if not any(folder.glob(f"{stem}*.safetensors")):
@@ -268,8 +275,14 @@ def _check_scattered(run: Path) -> None:
             for role in ROLES:
                 name = linear_name(layer, role)
                 indices = kept.kept_indices(layer, role)
-                expected = scatter_adapter(*_factors(small, name), role, indices, shape_of(role, shape))
-                if not all(map(torch.equal, expected, _factors(full, name))):
+                trained, found = _factors(small, name), _factors(full, name)
+                if stem == "adapter" and report.get("correction", "none") != "none":
+                    corrected = restrict_adapter(*found, role, indices)[1]
+                    if not within_limit(*trained, corrected):
+                        raise ArtifactError(f"{folder}: {stem} {name} is corrected by more than the limit; {_AGAIN}")
+                    trained = trained[0], corrected
+                expected = scatter_adapter(*trained, role, indices, shape_of(role, shape))
+                if not all(map(torch.equal, expected, found)):
                     raise ArtifactError(
                         f"{folder}: {stem} {name} differs from the adapter of {stage} at the kept indices; {_AGAIN}"
                     )
@@ -299,6 +312,7 @@ _ACROSS: dict[str, Callable[[Path], None]] = {
     "prune": _check_sliced,
     "align": _check_cut,
     "recover": _check_scattered,
+    "export": lambda run: check_exported(run, _kept(run / "select")),
 }
 """What a stage's artifact owes to those of other stages; takes the run."""
 

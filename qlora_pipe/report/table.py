@@ -88,6 +88,8 @@ def recovery_verdict(facts: Facts) -> str:
     losses, tau = found["losses"], found["tau"]
     largest = found["scale"] == max(map(float, found["loss_by_scale"]))
     edge = " No larger scale was tried; one may be better (recover.scales)." if largest else ""
+    if found.get("correction", "none") != "none":
+        edge += " Its B is corrected for the difference between the weights it was trained on and these."
     told = "not defined, for the small model gained nothing" if tau is None else f"{tau:.2f}"
     return (
         f"The recovered adapter helps {model} at scale {found['scale']:g}: held-out loss from {losses['full']:.4f} "

@@ -54,7 +54,11 @@ def run(context: Context) -> None:
         )
         moved = "what L1 L2 moved by in training, as trained minus as it was"
         factors = "as trained" if config.train.low_rank == "frozen" else moved
-        exported["peft"] = {"base": "the original model", "factors": factors, "scale": scale, "exact": scale == 1}
+        as_trained = recovery["correction"] == "none"
+        if not as_trained:
+            factors += ", B corrected for the difference between the weights it was trained on and these"
+        exact = scale == 1 and as_trained
+        exported["peft"] = {"base": "the original model", "factors": factors, "scale": scale, "exact": exact}
     if config.export.merged:
         _dense(context, "merged", _merged(context, scale * strength(context)), base_config)
         exported["merged"] = {"weights": f"{config.recover.base} + adapter", "dtype": config.export.dtype}
@@ -211,7 +215,7 @@ def _small(context: Context) -> Read:
 
 STAGE = Stage(
     "export",
-    4,
+    5,
     ("source", "allocate", "decompose", "refine", "select", "prune", "align", "train", "compact", "recover"),
     lambda config: (
         config.export.model_dump(mode="json")

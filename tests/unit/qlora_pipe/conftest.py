@@ -18,10 +18,13 @@ from qlora_pipe.architectures import FAMILIES, Architecture, linear_name
 from qlora_pipe.artifacts.layout import Layout
 from qlora_pipe.artifacts.store import Store, Ticket
 from qlora_pipe.artifacts.tensors import TensorWriter, torch_dtype_of
-from qlora_pipe.config import Config
+from qlora_pipe.config import Config, IntegerFormat
 from qlora_pipe.config_file import resolved_yaml
+from qlora_pipe.exporters import compressed_tensors, gptq
+from qlora_pipe.exporters.gptq import ZERO_SHIFT
 from qlora_pipe.known import CHAIN, Known
 from qlora_pipe.selection import record, scores_to_json, tabulate
+from quant.interchange import compressed_tensors_buffers, gptq_buffers
 from quant.storage import Choice
 
 INPUTS = {
@@ -85,6 +88,7 @@ class RunBuilder:
         layers: int = 3,
         evaluation: tuple[str, ...] = ("c4",),
         compact: bool = True,
+        formats: tuple[str, ...] = ("compressed-tensors",),
         edits: Mapping[str, Edit] | None = None,
         tamper: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
         model: str = "package:tiny",
@@ -97,7 +101,12 @@ class RunBuilder:
                 "data": {"calibration": "a.txt", "task": "b.txt", "evaluation": data},
                 "decompose": {"ranks": (4,)},
                 "train": {"rank": 4},
-                "compact": {"enabled": compact, "group_size": 32},
+                "compact": {
+                    "enabled": compact,
+                    "group_size": 32,
+                    "rules": [{"roles": ["up"], "bits": 3}, {"roles": ["down"], "bits": 8}],
+                },
+                "export": {"integer": formats if compact else None},
                 "prune": {"ffn_ratio": 0.5},
             }
         )
@@ -221,7 +230,7 @@ class RunBuilder:
         if not self.config.compact.enabled:
             self._json(out, "compact", "skipped.json", {"reason": "compact.enabled is false"})
             return
-        self._tensors(out, self.known.integers())
+        self.integers = self._tensors(out, self.known.integers())
         self.compact = self._tensors(out, self.known.compact_adapter(), "adapter")
         self._json(out, "compact", "history.json", self._history(2.4))
 
@@ -252,7 +261,26 @@ class RunBuilder:
         self._tensors(out / "merged", layouts.dense(self.known.architecture, "float32"))
         self._tensors(out / "small", layouts.dense(self.known.small, "float32"))
         for name in formats:
-            self._tensors(out / name, self.known.exported_integers(name))
+            self._integer_model(out, name)
+
+    def _integer_model(self, out: Path, name: IntegerFormat) -> None:
+        """Codes and steps of compact; of all else, tensors of their own."""
+        bits, layout, values = self.known.integer_bits, self.known.exported_integers(name), dict[str, Tensor]()
+        for linear, width in bits.items():
+            words, steps = (self.integers[f"{linear}.{kind}"] for kind in ("codes", "scale"))
+            if name == "compressed-tensors":
+                buffers = compressed_tensors_buffers(words, steps, width, 32)
+            else:
+                buffers = gptq_buffers(words, steps.half(), width, 32, ZERO_SHIFT[name])
+            values |= {f"{linear}.{buffer}": tensor for buffer, tensor in buffers.items()}
+        values |= {key: torch.ones(spec.shape) for key, spec in layout.items() if key not in values}
+        self._tensors(out / name, layout, values=values)
+        told = (
+            compressed_tensors.quantization_config(bits, 32)
+            if name == "compressed-tensors"
+            else gptq.quantization_config(name, bits, 32)
+        )
+        self._json(out / name, f"export/{name}", "config.json", {"quantization_config": told})
 
     def _evaluate(self, out: Path) -> None:
         bits = {"base": 32.0, "full+recovered": 33.9}

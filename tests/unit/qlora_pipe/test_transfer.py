@@ -1,6 +1,6 @@
 import pytest
 
-from qlora_pipe.transfer import Losses, UnquantiseGap, choose_scale, transfer_efficiency
+from qlora_pipe.transfer import Losses, UnquantiseGap, choose_adapter, choose_scale, transfer_efficiency
 
 
 @pytest.mark.parametrize(
@@ -32,6 +32,18 @@ def test_transfer_efficiency(losses: Losses, tau: float | None) -> None:
 )
 def test_zero_unless_another_scale_is_strictly_better(losses: dict[float, float], scale: float) -> None:
     assert choose_scale(losses) == scale
+
+
+@pytest.mark.parametrize(
+    ("corrected", "chosen"),
+    [
+        ({0.0: 3.0, 0.5: 2.4, 1.0: 2.7}, ("emloc", 0.5)),
+        ({0.0: 3.0, 0.5: 2.5, 1.0: 2.7}, ("none", 1.0)),
+        ({0.0: 3.0}, ("none", 1.0)),
+    ],
+)
+def test_another_adapter_must_be_strictly_better(corrected: dict[float, float], chosen: tuple[str, float]) -> None:
+    assert choose_adapter({"none": {0.0: 3.0, 1.0: 2.5}, "emloc": corrected}) == chosen
 
 
 def test_the_gap_of_unquantising() -> None:

@@ -291,3 +291,37 @@ def test_the_recovered_adapter_is_the_trained_one(
         verified(run)
     # Only the run knows both.
     assert len(verified(run / "recover")) == 1
+
+
+@pytest.mark.parametrize(
+    ("factor", "change", "message"),
+    [
+        ("B", lambda tensor: tensor, None),
+        ("B", lambda tensor: 3 * tensor, None),
+        ("B", lambda tensor: 5 * tensor, "corrected by more than the limit"),
+        ("A", put(0.25), "differs from the adapter of train"),
+    ],
+)
+def test_of_a_corrected_adapter_b_may_have_moved_a_little(
+    run_builder: Build, factor: str, change: Callable[[Tensor], Tensor], message: str | None
+) -> None:
+    edits = {"recover/recovery.json": lambda body: body | {"correction": "emloc"}}
+    run = run_builder(edits=edits, tamper={f"recover/adapter/{DOWN1}.lora_{factor}.weight": change}).build("recover")
+    if message is None:
+        assert len(verified(run)) == CHAIN.index("recover") + 1
+        return
+    with pytest.raises(ArtifactError, match=f"recover: adapter {DOWN1} .*{message}"):
+        verified(run)
+
+
+def test_of_a_corrected_adapter_b_is_zero_where_structure_was_cut(run_builder: Build) -> None:
+    gate = "model.layers.0.mlp.gate_proj"
+
+    def change(tensor: Tensor) -> Tensor:
+        tensor[1] = 0.1  # an odd channel, which was cut
+        return tensor
+
+    edits = {"recover/recovery.json": lambda body: body | {"correction": "emloc"}}
+    run = run_builder(edits=edits, tamper={f"recover/adapter/{gate}.lora_B.weight": change}).build("recover")
+    with pytest.raises(ArtifactError, match=f"adapter {gate} differs"):
+        verified(run)
