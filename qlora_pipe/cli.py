@@ -5,9 +5,10 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -15,9 +16,18 @@ from qlora_pipe.cli_adapter import adapter
 from qlora_pipe.errors import ConfigError, QloraPipeError
 from qlora_pipe.known import CHAIN
 
+if TYPE_CHECKING:
+    from qlora_pipe.events import Reporter
+
 _CONFIG = click.argument("config", type=click.Path(path_type=Path))
 _SET = click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a setting.")
-_LOG = click.option("--log-json", is_flag=True, help="One JSON object a line on standard error, for tools.")
+_LOG = click.option(
+    "--log-json",
+    "log",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Add every event to FILE, one JSON object a line; -: to standard error, which then has nothing else.",
+)
 
 
 class _Group(click.Group):
@@ -94,9 +104,9 @@ def plan(config: Path, overrides: tuple[str, ...], as_json: bool) -> None:
 @_LOG
 @click.option("--until", type=click.Choice(CHAIN), default=CHAIN[-1], show_default=True, help="Last stage.")
 @click.option("--from", "start", type=click.Choice(CHAIN), help="Make this stage and all after it anew.")
-def run(config: Path, overrides: tuple[str, ...], log_json: bool, until: str, start: str | None) -> None:
+def run(config: Path, overrides: tuple[str, ...], log: Path | None, until: str, start: str | None) -> None:
     """Run the whole chain; what is done is not done again."""
-    _run(config, overrides, log_json, until, start)
+    _run(config, overrides, log, until, start)
 
 
 def _stage_command(stage: str) -> Callable[..., None]:
@@ -104,8 +114,8 @@ def _stage_command(stage: str) -> Callable[..., None]:
     @_CONFIG
     @_SET
     @_LOG
-    def command(config: Path, overrides: tuple[str, ...], log_json: bool) -> None:
-        _run(config, overrides, log_json, stage, None)
+    def command(config: Path, overrides: tuple[str, ...], log: Path | None) -> None:
+        _run(config, overrides, log, stage, None)
 
     return command
 
@@ -124,6 +134,21 @@ def verify(path: Path) -> None:
 
     for line in verify_path(path):
         click.echo(line)
+
+
+@main.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--into", type=click.Path(path_type=Path), help="The new folder; default: RUN-again.")
+@_LOG
+def reproduce(run: Path, into: Path | None, log: Path | None) -> None:
+    """Run RUN again in a fresh folder, and compare the hash of every file. Exit code 1 if any differs."""
+    from qlora_pipe.reproduce import reproduce
+
+    with _opened(log) as reporter:
+        table, same = reproduce(run, into or run.resolve().with_name(f"{run.resolve().name}-again"), reporter)
+    click.echo(table)
+    if not same:
+        raise click.exceptions.Exit(1)
 
 
 @main.command(name="check-consumers")
@@ -151,6 +176,15 @@ def frontier(run: Path, table: Path | None, plot: Path | None) -> None:
 
 
 @main.command()
+@click.argument("run", type=click.Path(path_type=Path))
+def status(run: Path) -> None:
+    """Say how far RUN is, who works there and how long it takes, if that is known. Writes nothing."""
+    from qlora_pipe.status import show_status
+
+    click.echo(show_status(run))
+
+
+@main.command()
 @click.argument("path", type=click.Path(path_type=Path))
 def inspect(path: Path) -> None:
     """Show what is inside PATH (a run or an artifact)."""
@@ -159,7 +193,7 @@ def inspect(path: Path) -> None:
     click.echo(describe(path))
 
 
-def _run(config: Path, overrides: tuple[str, ...], log_json: bool, until: str, start: str | None) -> None:
+def _run(config: Path, overrides: tuple[str, ...], log: Path | None, until: str, start: str | None) -> None:
     from qlora_pipe.config_file import load
 
     settings = load(config, overrides)
@@ -167,10 +201,10 @@ def _run(config: Path, overrides: tuple[str, ...], log_json: bool, until: str, s
         raise click.UsageError(f"--from {start} comes after --until {until}")
 
     from qlora_pipe.compile import compile_model
-    from qlora_pipe.events import Reporter
     from qlora_pipe.hf.ranks import rank
 
-    compile_model(settings, Reporter(json_lines=log_json), until=until, start=start)
+    with _opened(log) as reporter:
+        compile_model(settings, reporter, until=until, start=start)
     if rank():
         return
     from qlora_pipe.report import show_results, write_report
@@ -180,6 +214,21 @@ def _run(config: Path, overrides: tuple[str, ...], log_json: bool, until: str, s
     if until == CHAIN[-1]:
         click.echo(show_results(Path(settings.run)))
     click.echo(f"report: {report}")
+
+
+@contextmanager
+def _opened(log: Path | None) -> Iterator["Reporter"]:
+    from qlora_pipe.events import Reporter
+
+    if log is None or log == Path("-"):
+        yield Reporter(json_lines=log is not None)
+        return
+    try:
+        stream = log.open("a")
+    except OSError as error:
+        raise ConfigError(f"--log-json {log}: expected a path that can be written, found {error.strerror}") from error
+    with stream:
+        yield Reporter(log=stream)
 
 
 if __name__ == "__main__":

@@ -2,15 +2,18 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from qlora_pipe import datasets
 from qlora_pipe.allocation import read_allocation
 from qlora_pipe.artifacts.manifest import Manifest, digest, file_digest
-from qlora_pipe.artifacts.store import Artifact, Store, Ticket
+from qlora_pipe.artifacts.store import STATE, Artifact, Store, Ticket
 from qlora_pipe.config import Config
 from qlora_pipe.config_file import resolved_yaml
 from qlora_pipe.config_training import Optimisation
@@ -79,12 +82,27 @@ def compile_model(
         _work()
         return {}
     store = Store(Path(config.run))
-    with store.lock():
+    with store.lock(), _told(reporter, store.run / STATE, until):
         run = _Run(config, reporter, store)
         for stage in STAGES[: CHAIN.index(until) + 1]:
             run.perform(stage, afresh=start is not None and CHAIN.index(stage.name) >= CHAIN.index(start), start=start)
         ranks.send(None)
         return run.artifacts
+
+
+@contextmanager
+def _told(reporter: Reporter, state: Path, until: str) -> Iterator[None]:
+    """Keep in `state` what `qlora-pipe status` says of this run, its end and the reason of it too."""
+    reporter.state = state
+    try:
+        reporter.note("begin", f"running up to {until}")
+        yield
+        reporter.note("end", f"done up to {until}")
+    except BaseException as error:
+        reporter.note("failed", f"{type(error).__name__}: {error}")
+        raise
+    finally:
+        reporter.state = None
 
 
 def _check_shares(config: Config, until: str) -> None:
@@ -226,7 +244,12 @@ class _Run:
 
     def _keep_stats(self, stage: str, meter: Meter) -> None:
         stats = read_stats(self.store.run)
-        stats[stage] = {"seconds": meter.seconds, "peak_bytes": meter.peak_bytes}
+        stats[stage] = {
+            "seconds": meter.seconds,
+            "peak_bytes": meter.peak_bytes,
+            # Sums on the CPU depend on how many threads they are shared among.
+            "threads": torch.get_num_threads(),
+        }
         fresh = self.store.run / ".work" / "stats.json"
         fresh.write_text(json.dumps(stats, indent=2) + "\n")
         os.replace(fresh, self.store.run / "stats.json")

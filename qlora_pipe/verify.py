@@ -47,7 +47,7 @@ def verify_path(path: Path) -> Iterator[str]:
         return
     for stage in stages_of(path):
         line = _verify_artifact(path / stage)
-        _check_lineage(path, stage)
+        check_lineage(path, stage)
         across = _ACROSS.get(stage)
         if across is not None:
             with _one_kind_of_error(path / stage):
@@ -89,7 +89,7 @@ def _check_plan(folder: Path, manifest: Manifest) -> None:
             )
 
 
-def _check_lineage(run: Path, stage: str) -> None:
+def check_lineage(run: Path, stage: str) -> None:
     """The artifact under a stage's name is that stage's, made from what its inputs are now."""
     manifest = read_manifest(run / stage)
     if manifest.stage != stage:

@@ -1,20 +1,24 @@
 """The run folder: content-addressed objects, atomic commits, one link per stage.
 
 <run>/.objects/<stage>-<identity>/    whole artifacts only: they arrive by a rename
-<run>/.work/                          what is being written, and training checkpoints
+<run>/.work/                          what is being written, training checkpoints, and what is said of the work
+<run>/.lock                           held by the process that works here, and its name
 <run>/<stage> -> .objects/...         the stage's current artifact
 """
 
 import errno
 import fcntl
 import os
+import platform
 import shutil
+import socket
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from qlora_pipe.artifacts.layout import is_weights
 from qlora_pipe.artifacts.manifest import (
@@ -32,7 +36,15 @@ from qlora_pipe.errors import ArtifactError, PlanError, StageError
 _FULL = 2**20
 """Free bytes below which a disk counts as full."""
 
-_LIBRARIES = ("qlora-pipe", "torch", "transformers", "pulp")
+STATE = Path(".work") / "state.json"
+"""What the process that works in a run folder, or did last, had to say; see qlora_pipe.events."""
+
+_LOCK = ".lock"
+
+_LIBRARIES = (
+    "qlora-pipe", "torch", "transformers", "tokenizers", "accelerate", "peft", "safetensors", "gguf", "numpy", "scipy",
+    "pulp", "highspy",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -75,22 +87,18 @@ class Store:
         try:
             self._objects.mkdir(parents=True, exist_ok=True)
             self._work.mkdir(exist_ok=True)
-            lock = (self.run / ".lock").open("a+")
+            lock = (self.run / _LOCK).open("a+")
         except OSError as error:
             raise ArtifactError(
                 f"{self.run}: expected a folder that can be written, found {error.strerror}; choose another `run`"
             ) from error
         with lock as stream:
-            try:
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                stream.seek(0)
-                owner = stream.read().strip() or "unknown"
+            if not _take(stream, self.run):
                 raise ArtifactError(
-                    f"{self.run}: another run (process {owner}) is working in this folder; wait for it to end"
-                ) from None
+                    f"{self.run}: another run ({_owner(stream)}) is working in this folder; wait for it to end"
+                )
             stream.truncate(0)
-            stream.write(str(os.getpid()))
+            stream.write(f"process {os.getpid()} on {socket.gethostname()}")
             stream.flush()
             yield
 
@@ -195,9 +203,40 @@ class Store:
         fsync(self.run)
 
 
+def owner(run: Path) -> str | None:
+    """The process that works in a run folder, None if there is none. Writes nothing; raises ArtifactError."""
+    try:
+        with (run / _LOCK).open() as stream:
+            return None if _take(stream, run, fcntl.LOCK_SH) else _owner(stream)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise ArtifactError(f"{run / _LOCK}: expected a file that can be read, found {error.strerror}") from error
+
+
+def _take(stream: TextIO, run: Path, kind: int = fcntl.LOCK_EX) -> bool:
+    """Lock an open file, for as long as it is open; whoever only looks (`owner`) has it for a moment."""
+    for _ in range(10):
+        try:
+            fcntl.flock(stream, kind | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            time.sleep(0.02)
+        except OSError as error:
+            raise ArtifactError(
+                f"{run}: expected a folder whose files can be locked, found {error.strerror}; choose another `run`"
+            ) from error
+    return False
+
+
+def _owner(stream: TextIO) -> str:
+    stream.seek(0)
+    return stream.read(200).strip() or "an unknown process"
+
+
 def library_versions() -> dict[str, str]:
-    """Versions of the libraries that an artifact's numbers depend on."""
-    found = {}
+    """Versions of Python and of the libraries that an artifact's numbers depend on."""
+    found = {"python": platform.python_version()}
     for name in _LIBRARIES:
         try:
             found[name] = version(name)

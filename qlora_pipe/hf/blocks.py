@@ -77,7 +77,7 @@ def tune_blocks(
                 block.advance(range(len(batches)))
                 take(index, layer)
             log.append({"layer": index, "before": before, "after": after})
-            advance()
+            advance(f"layer {index}")
     return log
 
 

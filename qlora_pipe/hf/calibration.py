@@ -18,7 +18,7 @@ from prune.moments import ReaderMoments
 from qlora_pipe.architectures import MODULE, SITE, SITES, linear_name
 from qlora_pipe.artifacts.scratch import Scratch
 from qlora_pipe.errors import StageError
-from qlora_pipe.events import Reporter
+from qlora_pipe.events import Advance, Reporter
 from qlora_pipe.hf.layers import LayerArguments, LayerStream
 from qlora_pipe.hf.sequences import Row, collate
 from qlora_pipe.memory import BOUNDARY_BYTES, CALIBRATION_TOKENS
@@ -112,7 +112,7 @@ def _forward(
     group: Sequence[CalibrationBatch],
     boundary: Scratch,
     found: Gradients,
-    advance: Callable[[], None],
+    advance: Advance,
 ) -> None:
     """Input moments; leaves the input of layer l and batch b at (l, b), and what leaves the last layer."""
     starts = Arguments(stream, group)
@@ -127,7 +127,7 @@ def _forward(
             for number in range(len(group)):
                 hidden = boundary.read((index, number), stream.device)
                 boundary.write((index + 1, number), layer(hidden, **starts.of(number, index)))
-        advance()
+        advance(f"layer {index}")
 
 
 def _backward(
@@ -135,7 +135,7 @@ def _backward(
     group: Sequence[CalibrationBatch],
     boundary: Scratch,
     found: Gradients,
-    advance: Callable[[], None],
+    advance: Advance,
 ) -> None:
     """Gradient moments and norms; (l, b) goes from a layer's input to the gradient with respect to it."""
     starts = Arguments(stream, group)
@@ -152,7 +152,7 @@ def _backward(
                 output = layer(hidden, **starts.of(number, index))
                 output.backward(boundary.read((index + 1, number), stream.device))
                 boundary.write((index, number), _gradient_of(hidden))
-        advance()
+        advance(f"layer {index}")
 
 
 def covariance_sweep(
@@ -176,7 +176,7 @@ def covariance_sweep(
             boundary.write(number, stream.start(batch.inputs).hidden)
         for index in range(len(stream)):
             take(index, _covariances(stream, index, batches, norms, boundary, starts))
-            advance()
+            advance(f"layer {index}")
 
 
 def _covariances(

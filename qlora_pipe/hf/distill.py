@@ -73,7 +73,7 @@ def teacher_targets(stream: LayerStream, rows: Sequence[Row], top: int, folder: 
                 for number in range(len(batches)):
                     states = boundary.read(number, stream.device)
                     boundary.write(number, layer(states, **arguments.of(number, index)))
-            advance()
+            advance(f"layer {index}")
         for number, batch in enumerate(batches):
             states = boundary.read(number, stream.device)
             found.append(stream.finish(partial(_most_likely, top), states, batch.inputs))

@@ -35,7 +35,7 @@ def _maps(context: Context, figures: dict[str, dict[str, Any]]) -> Iterator[tupl
             for name, buffers, found in layer:
                 figures[name] = found
                 yield name, buffers
-                advance()
+                advance(name)
 
 
 Decomposed = tuple[str, dict[str, Tensor], dict[str, Any]]

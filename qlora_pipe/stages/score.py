@@ -30,7 +30,7 @@ def run(context: Context) -> None:
         for entries in _entries(context):
             for name, rows in entries:
                 table[name] = rows
-                advance()
+                advance(name)
     context.write_json("table.json", table)
 
 

@@ -78,7 +78,7 @@ def _scores(context: Context) -> list[dict[str, Tensor]]:
                 found.append(_magnitude(weight, shape))
             else:
                 found.append(_by_moments(context, layer, weight, shape))
-            advance()
+            advance(f"layer {layer}")
     return found
 
 
@@ -97,7 +97,7 @@ def _measured(context: Context, scores: Scores) -> dict[str, float]:
             place = linear_name(layer, role)
             mean = moments.read(f"{place}.mean") if settings.bias else None
             losses[name] = removal.divergence(place, kept.kept_indices(0, role), mean)
-            advance()
+            advance(name)
     return losses
 
 

@@ -42,7 +42,7 @@ def select_masks(context: Context) -> None:
                 raise StageError(f"select: {name}: {error}") from error
             writer.write(f"{name}.mask", pack_mask(mask))
             zeros[name] = int(mask.sum())
-            advance()
+            advance(name)
     kept = IndexMap.identity(known.architecture.layers)
     model = context.inputs["source"].manifest.inputs["model"]
     body = record(zeros, known.architecture, context.config.prune.sparsity, model, kept.digest())

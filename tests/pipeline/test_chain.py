@@ -1,19 +1,25 @@
 """The whole chain on random tiny models of every family: planned bytes, resume, changed settings, verify."""
 
 import json
+import shutil
+from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from tiny import context_of, save_settings, save_texts, save_tiny_model
 
 from qlora_pipe.allocation import read_allocation
-from qlora_pipe.artifacts.manifest import read_manifest
+from qlora_pipe.artifacts.manifest import FileEntry, file_digest, read_manifest
 from qlora_pipe.compile import compile_model
 from qlora_pipe.config_file import load
+from qlora_pipe.errors import ArtifactError
 from qlora_pipe.events import Reporter
 from qlora_pipe.known import CHAIN
+from qlora_pipe.reproduce import compare, reproduce
 from qlora_pipe.stages.train import task_rows
 from qlora_pipe.verify import verify_path
 
@@ -99,14 +105,59 @@ def test_running_again_does_nothing_and_says_so(finished: Path) -> None:
     assert hashes(finished / "run") == before
 
 
-def test_a_second_run_elsewhere_gives_the_same_bytes(finished: Path, tmp_path: Path) -> None:
-    compile_model(load(finished / "tiny.yaml", (f"run={tmp_path / 'other'}",)), Recorder())
-    other = hashes(tmp_path / "other")
-    # The adapter's config names the run's own base folder.
-    other["export"].pop("peft/adapter_config.json")
-    expected = hashes(finished / "run")
-    expected["export"].pop("peft/adapter_config.json")
-    assert other == expected
+@pytest.fixture(scope="module")
+def again(finished: Path) -> tuple[Path, str, bool]:
+    """The run made again elsewhere, what is said of it and whether it is the same."""
+    return finished / "again", *reproduce(finished / "run", finished / "again", Recorder())
+
+
+def test_a_second_run_elsewhere_gives_the_same_bytes(finished: Path, again: tuple[Path, str, bool]) -> None:
+    folder, table, same = again
+    assert same, table
+    assert [line.split()[1:] for line in table.splitlines() if line.split()[:1] == ["evaluate"]] == [["the", "same"]]
+    # The adapter's config names the run's own base folder, which is all that may differ.
+    first, second = hashes(finished / "run"), hashes(folder)
+    assert first["export"].pop("peft/adapter_config.json") != second["export"].pop("peft/adapter_config.json")
+    assert first == second
+    with pytest.raises(ArtifactError, match="name another with --into"):
+        reproduce(finished / "run", folder, Recorder())
+
+
+def test_what_was_not_made_alike_is_named(again: tuple[Path, str, bool], finished: Path, tmp_path: Path) -> None:
+    run, other = tmp_path / "run", again[0]
+    shutil.copytree(finished / "run", run, symlinks=True)
+    assert not any(verdict.differences or verdict.made_with for verdict in compare(run, other))
+
+    def recommit(stage: str, name: str, **changes: Any) -> None:
+        """As if the stage had written that file, and had been made with that."""
+        manifest = read_manifest(run / stage)
+        entry = FileEntry(file_digest(run / stage / name), (run / stage / name).stat().st_size)
+        made = replace(manifest, files=manifest.files | {name: entry}, **changes)
+        (run / stage / "manifest.json").write_text(made.to_json())
+
+    config = run / "export/peft/adapter_config.json"
+    config.write_text(config.read_text().replace('"r": 4', '"r": 5'))
+    recommit("export", "peft/adapter_config.json")
+    (run / "recover/extra.json").write_text("{}")
+    recommit("recover", "extra.json", versions={"torch": "0.1"})
+    path = run / "train/adapter.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"\x01")
+    recommit("train", "adapter.safetensors")
+    stats = json.loads((run / "stats.json").read_text())
+    stats["prune"]["threads"] = 77
+    (run / "stats.json").write_text(json.dumps(stats))
+
+    found = {verdict.stage: verdict for verdict in compare(run, other)}
+    assert [name for name, verdict in found.items() if verdict.differences] == ["train", "recover", "export"]
+    assert found["train"].differences[0].startswith("adapter.safetensors: SHA-256 ")
+    assert found["recover"].differences == ("extra.json is in one of them alone",)
+    assert found["export"].differences[0].startswith("peft/adapter_config.json: SHA-256 ")
+    assert f"torch 0.1, now {version('torch')}" in found["recover"].made_with
+    assert found["prune"].made_with == (f"77 threads, now {torch.get_num_threads()}: sums on the CPU depend on it",)
+    # A file that is not what its own manifest says is damage, and no difference of the two runs.
+    path.write_bytes(path.read_bytes()[:-1] + b"\x02")
+    with pytest.raises(ArtifactError, match="content differs"):
+        list(compare(run, other))
 
 
 def test_a_changed_setting_is_named_and_reruns_what_follows(tmp_path: Path) -> None:

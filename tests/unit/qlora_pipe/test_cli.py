@@ -122,9 +122,37 @@ def test_run_again_does_nothing_and_says_so(finished: tuple[Path, Result]) -> No
 
 
 def test_events_as_json_lines(finished: tuple[Path, Result]) -> None:
-    result = passed("run", finished[0], "--log-json", "--until", "score")
+    expected = [("begin", ""), *(("done", stage) for stage in CHAIN[:3]), ("end", "")]
+    result = passed("run", finished[0], "--log-json", "-", "--until", "score")
     rows = [json.loads(line) for line in result.stderr.splitlines()]
-    assert [(row["event"], row["stage"]) for row in rows] == [("done", stage) for stage in CHAIN[:3]]
+    assert [(row["event"], row["stage"]) for row in rows] == expected
+
+
+def test_events_in_a_file(finished: tuple[Path, Result], tmp_path: Path) -> None:
+    log = tmp_path / "log.jsonl"
+    result = passed("run", finished[0], "--log-json", log, "--until", "score", "--from", "score")
+    assert "done in" in result.stderr
+    other = f"run={tmp_path / 'run'}"
+    refused("ArtifactError", "run", finished[0], "--log-json", log, "--from", "score", "--set", other)
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    made = next(row for row in rows if row["event"] == "made")
+    assert made["stage"] == "score"
+    assert min(made["seconds"], made["peak_bytes"], made["bytes"]) > 0
+    steps = [row for row in rows if row["event"] == "progress"]
+    assert [row["done"] for row in steps] == list(range(1, steps[0]["total"] + 1))
+    assert steps[0]["item"] == "model.layers.0.self_attn.q_proj"
+    assert steps[0]["seconds_left"] > steps[-1]["seconds_left"] == 0
+    # The file is added to, and says how each run ended.
+    assert [row["event"] for row in rows if row["event"] in ("begin", "end", "failed")] == [
+        "begin", "end", "begin", "failed"
+    ]  # fmt: skip
+    assert "source is not done" in rows[-1]["message"]
+    assert "can be written" in refused("ConfigError", "run", finished[0], "--log-json", tmp_path)
+
+
+def test_status(finished: tuple[Path, Result], tmp_path: Path) -> None:
+    assert "done up to" in passed("status", finished[0].parent / "run").stdout
+    refused("ArtifactError", "status", tmp_path)
 
 
 def test_until_and_a_stage_command_stop_there(finished: tuple[Path, Result], tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 import io
 import json
+import time
+from pathlib import Path
 
 import pytest
 
@@ -49,6 +51,7 @@ def test_json_lines_parse(message: str) -> None:
     reporter.event("done", "two\nlines")
     first, second = map(json.loads, stream.getvalue().splitlines())
     assert first.pop("time") > 0
+    assert 0 <= second.pop("seconds") < 60
     assert first == {"event": "made", "stage": "train", "message": message, "seconds": 1.5, "files": ["a"]}
     assert second["message"] == "two\nlines"
 
@@ -103,3 +106,48 @@ def test_standard_error_is_the_default(capsys: pytest.CaptureFixture[str]) -> No
     Reporter().event("note", "words")
     captured = capsys.readouterr()
     assert (captured.out, captured.err) == ("", "words\n")
+
+
+def test_a_log_gets_everything_beside_what_people_read() -> None:
+    stream, log = Terminal(), io.StringIO()
+    reporter = Reporter(stream=stream, log=log)
+    reporter.stage = "train"
+    with reporter.progress("training", 2) as advance:
+        advance("layer 0")
+        reporter.event("note", "inside")
+        reporter.note("begin", "for tools")
+    rows = [json.loads(line) for line in log.getvalue().splitlines()]
+    assert [row["event"] for row in rows] == ["progress", "note", "begin"]
+    assert (rows[0]["item"], rows[0]["stage"]) == ("layer 0", "train")
+    assert "inside" in stream.getvalue()
+    assert "for tools" not in stream.getvalue()
+
+
+def test_seconds_do_not_follow_a_clock_that_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    log = io.StringIO()
+    reporter = Reporter(stream=io.StringIO(), log=log)
+    reporter.stage = "train"
+    with reporter.progress("training", 4) as advance:
+        advance()
+        monkeypatch.setattr(time, "time", lambda: 0.0)
+        advance()
+    rows = [json.loads(line) for line in log.getvalue().splitlines()]
+    assert rows[1]["time"] == 0
+    assert all(0 <= row["seconds"] < 60 and 0 <= row["seconds_left"] < 60 for row in rows)
+
+
+def test_the_state_is_the_last_event_and_the_progress_under_way(tmp_path: Path) -> None:
+    reporter = Reporter(stream=io.StringIO())
+    reporter.state = tmp_path / "state.json"
+    reporter.stage = "score"
+    with reporter.progress("layers", 2) as advance:
+        advance()
+        reporter.event("note", "words")
+        state = json.loads(reporter.state.read_text())
+        assert (state["last"]["message"], state["progress"]["done"]) == ("words", 1)
+    reporter.event("made", "done")
+    assert json.loads(reporter.state.read_text())["progress"] is None
+    assert list(tmp_path.iterdir()) == [reporter.state]
+    # Where nothing can be written, the work goes on.
+    reporter.state = tmp_path / "nowhere" / "state.json"
+    reporter.event("note", "words")

@@ -1,8 +1,10 @@
 import errno
+import fcntl
 import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import pytest
 
 from qlora_pipe.artifacts.layout import TensorSpec, file_bytes, header
 from qlora_pipe.artifacts.manifest import read_manifest
-from qlora_pipe.artifacts.store import Artifact, Store, Ticket
+from qlora_pipe.artifacts.store import Artifact, Store, Ticket, owner
 from qlora_pipe.errors import ArtifactError, PlanError, StageError
 
 ROOT = Path(__file__).parents[3]
@@ -183,9 +185,38 @@ def test_checkpoints_outlive_a_failure_and_go_with_the_commit(store: Store) -> N
 
 def test_the_lock_names_its_owner_and_ends_with_it(tmp_path: Path) -> None:
     first, second = Store(tmp_path / "run"), Store(tmp_path / "run")
-    with first.lock(), pytest.raises(ArtifactError, match=rf"another run \(process {os.getpid()}\)"), second.lock():
+    with (
+        first.lock(),
+        pytest.raises(ArtifactError, match=rf"another run \(process {os.getpid()} on .+\)"),
+        second.lock(),
+    ):
         pass
     with second.lock():
+        pass
+
+
+def test_whoever_asks_for_the_owner_keeps_nobody_out(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert owner(run) is None
+    with Store(run).lock():
+        assert str(owner(run)).startswith(f"process {os.getpid()} on ")
+    before = (run / ".lock").read_text(), (run / ".lock").stat().st_mtime_ns
+    assert owner(run) is None
+    assert ((run / ".lock").read_text(), (run / ".lock").stat().st_mtime_ns) == before
+    # Between the two looks of an asker, a run that starts has to wait for it and no more.
+    with (run / ".lock").open() as asker:
+        fcntl.flock(asker, fcntl.LOCK_SH)
+        threading.Timer(0.05, fcntl.flock, (asker, fcntl.LOCK_UN)).start()
+        with Store(run).lock():
+            pass
+
+
+def test_a_folder_that_cannot_be_locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(ArtifactError, match="found No locks available; choose another"), Store(tmp_path).lock():
         pass
 
 
