@@ -21,12 +21,15 @@ if TYPE_CHECKING:
 
 _CONFIG = click.argument("config", type=click.Path(path_type=Path))
 _SET = click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a setting.")
+_JSON = click.option(
+    "--log-json", is_flag=True, help="Every event on standard error, one JSON object a line, and nothing else."
+)
 _LOG = click.option(
-    "--log-json",
+    "--log-file",
     "log",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="Add every event to FILE, one JSON object a line; -: to standard error, which then has nothing else.",
+    help="Add every event to FILE, one JSON object a line, beside what people read.",
 )
 
 
@@ -101,21 +104,27 @@ def plan(config: Path, overrides: tuple[str, ...], as_json: bool) -> None:
 @main.command()
 @_CONFIG
 @_SET
+@_JSON
 @_LOG
 @click.option("--until", type=click.Choice(CHAIN), default=CHAIN[-1], show_default=True, help="Last stage.")
 @click.option("--from", "start", type=click.Choice(CHAIN), help="Make this stage and all after it anew.")
-def run(config: Path, overrides: tuple[str, ...], log: Path | None, until: str, start: str | None) -> None:
+def run(
+    config: Path, overrides: tuple[str, ...], log_json: bool, log: Path | None, until: str, start: str | None
+) -> None:
     """Run the whole chain; what is done is not done again."""
-    _run(config, overrides, log, until, start)
+    with _opened(log_json, log) as reporter:
+        _run(config, overrides, reporter, until, start)
 
 
 def _stage_command(stage: str) -> Callable[..., None]:
     @main.command(name=stage, help=f"Run the chain up to {stage}.")
     @_CONFIG
     @_SET
+    @_JSON
     @_LOG
-    def command(config: Path, overrides: tuple[str, ...], log: Path | None) -> None:
-        _run(config, overrides, log, stage, None)
+    def command(config: Path, overrides: tuple[str, ...], log_json: bool, log: Path | None) -> None:
+        with _opened(log_json, log) as reporter:
+            _run(config, overrides, reporter, stage, None)
 
     return command
 
@@ -139,12 +148,13 @@ def verify(path: Path) -> None:
 @main.command()
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--into", type=click.Path(path_type=Path), help="The new folder; default: RUN-again.")
+@_JSON
 @_LOG
-def reproduce(run: Path, into: Path | None, log: Path | None) -> None:
+def reproduce(run: Path, into: Path | None, log_json: bool, log: Path | None) -> None:
     """Run RUN again in a fresh folder, and compare the hash of every file. Exit code 1 if any differs."""
     from qlora_pipe.reproduce import reproduce
 
-    with _opened(log) as reporter:
+    with _opened(log_json, log) as reporter:
         table, same = reproduce(run, into or run.resolve().with_name(f"{run.resolve().name}-again"), reporter)
     click.echo(table)
     if not same:
@@ -193,7 +203,7 @@ def inspect(path: Path) -> None:
     click.echo(describe(path))
 
 
-def _run(config: Path, overrides: tuple[str, ...], log: Path | None, until: str, start: str | None) -> None:
+def _run(config: Path, overrides: tuple[str, ...], reporter: "Reporter", until: str, start: str | None) -> None:
     from qlora_pipe.config_file import load
 
     settings = load(config, overrides)
@@ -203,8 +213,7 @@ def _run(config: Path, overrides: tuple[str, ...], log: Path | None, until: str,
     from qlora_pipe.compile import compile_model
     from qlora_pipe.hf.ranks import rank
 
-    with _opened(log) as reporter:
-        compile_model(settings, reporter, until=until, start=start)
+    compile_model(settings, reporter, until=until, start=start)
     if rank():
         return
     from qlora_pipe.report import show_results, write_report
@@ -217,16 +226,18 @@ def _run(config: Path, overrides: tuple[str, ...], log: Path | None, until: str,
 
 
 @contextmanager
-def _opened(log: Path | None) -> Iterator["Reporter"]:
+def _opened(log_json: bool, log: Path | None) -> Iterator["Reporter"]:
     from qlora_pipe.events import Reporter
 
-    if log is None or log == Path("-"):
-        yield Reporter(json_lines=log is not None)
+    if log_json and log:
+        raise click.UsageError("--log-json and --log-file are two places for the same; give one")
+    if log is None:
+        yield Reporter(json_lines=log_json)
         return
     try:
         stream = log.open("a")
     except OSError as error:
-        raise ConfigError(f"--log-json {log}: expected a path that can be written, found {error.strerror}") from error
+        raise ConfigError(f"--log-file {log}: expected a path that can be written, found {error.strerror}") from error
     with stream:
         yield Reporter(log=stream)
 

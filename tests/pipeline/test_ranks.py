@@ -43,7 +43,7 @@ def torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_two_processes_make_what_one_makes(config: Path) -> None:
     alone, together = config.parent / "alone", config.parent / "together"
     compile_model(load(config, (f"run={alone}",)), Reporter(json_lines=True), until="recover")
-    done = torchrun("recover", str(config), "--set", f"run={together}", "--log-json", "-")
+    done = torchrun("recover", str(config), "--set", f"run={together}", "--log-json")
     assert done.returncode == 0, done.stderr
     for stage in CHAIN[: CHAIN.index("recover") + 1]:
         assert read_manifest(together / stage).files == read_manifest(alone / stage).files, stage

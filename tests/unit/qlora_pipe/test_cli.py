@@ -123,17 +123,17 @@ def test_run_again_does_nothing_and_says_so(finished: tuple[Path, Result]) -> No
 
 def test_events_as_json_lines(finished: tuple[Path, Result]) -> None:
     expected = [("begin", ""), *(("done", stage) for stage in CHAIN[:3]), ("end", "")]
-    result = passed("run", finished[0], "--log-json", "-", "--until", "score")
+    result = passed("run", finished[0], "--log-json", "--until", "score")
     rows = [json.loads(line) for line in result.stderr.splitlines()]
     assert [(row["event"], row["stage"]) for row in rows] == expected
 
 
 def test_events_in_a_file(finished: tuple[Path, Result], tmp_path: Path) -> None:
     log = tmp_path / "log.jsonl"
-    result = passed("run", finished[0], "--log-json", log, "--until", "score", "--from", "score")
+    result = passed("run", finished[0], "--log-file", log, "--until", "score", "--from", "score")
     assert "done in" in result.stderr
     other = f"run={tmp_path / 'run'}"
-    refused("ArtifactError", "run", finished[0], "--log-json", log, "--from", "score", "--set", other)
+    refused("ArtifactError", "run", finished[0], "--log-file", log, "--from", "score", "--set", other)
     rows = [json.loads(line) for line in log.read_text().splitlines()]
     made = next(row for row in rows if row["event"] == "made")
     assert made["stage"] == "score"
@@ -147,7 +147,7 @@ def test_events_in_a_file(finished: tuple[Path, Result], tmp_path: Path) -> None
         "begin", "end", "begin", "failed"
     ]  # fmt: skip
     assert "source is not done" in rows[-1]["message"]
-    assert "can be written" in refused("ConfigError", "run", finished[0], "--log-json", tmp_path)
+    assert "can be written" in refused("ConfigError", "run", finished[0], "--log-file", tmp_path)
 
 
 def test_status(finished: tuple[Path, Result], tmp_path: Path) -> None:
