@@ -7,9 +7,9 @@ Every reduction is a number of bytes: those of the packed maps of a model in 4 b
 are spent on each of `--bits`, with as much of the blocks gone as that takes (true reduction, widths of each layer
 allocated), and on the whole model in fewer bits. Then slot C learns generic text from the original for `--align` steps
 and an adapter the task for `--steps`, 4 rows of 256 tokens each; the adapter alone is put on the original model, at the
-scale that is best on rows of their own. Direct is the same adapter trained on the original weights, at its best scale.
-Share kept is (L - L recovered) / (L - L direct) of the original's loss L; `of the small one's own` is LoRAM's ratio,
-with what the small model gained below.
+scale that is best on rows of their own, corrected for what rounding changed (EMLoC) if that is better there. Direct is
+the same adapter trained on the original weights, at its best scale. Share kept is (L - L recovered) / (L - L direct) of
+the original's loss L; `of the small one's own` is LoRAM's ratio, with what the small model gained below.
 
 Task: questions of which the answers are scored, the example's, or GSM8K if the environment names its training part in
 QLORA_PIPE_GSM8K, {question, answer} a line. Rows that choose the scale, and rows that are trained on, are not measured.
@@ -55,13 +55,15 @@ GROUPS = 8
 
 class Seen(NamedTuple):
     """Losses by group of held-out rows of the small model, before and after training, and of the full one with the
-    recovered adapter; the scale of that; bits of the small model's packed maps for each block weight of the original;
-    bytes that training takes beside the libraries, as planned."""
+    recovered adapter; the scale of that, and the losses at the best scale, corrected or not, on the rows that choose;
+    bits of the small model's packed maps for each block weight of the original; bytes that training takes beside the
+    libraries, as planned."""
 
     before: list[float]
     after: list[float]
     recovered: list[float]
     scale: float
+    corrections: dict[str, float]
     bits: float
     planned: int
 
@@ -92,13 +94,15 @@ def through_small(config: Config, count: int) -> Seen:
     before = losses((aligned_model if config.compensates else pruned_model)(seen), held)
     small = with_adapter(seen.reader("train", "adapter").read, strength(seen), seen.dtype)
     after = losses(task_model(seen, small), held)
-    scale = seen.read_json("recover", "recovery.json")["scale"]
+    recovery = seen.read_json("recover", "recovery.json")
+    tried = {found["correction"]: min(found["loss_by_scale"].values()) for found in (recovery, *recovery["rejected"])}
+    scale = recovery["scale"]
     adapter = with_adapter(seen.reader("recover", "adapter").read, scale * strength(seen), seen.dtype)
     recovered = losses(base_model(seen, adapter), held)
     bits = 8 * layouts.linear_bytes(known.pruned(), known.small) / known.architecture.linear_weights()
     for stage in ("select", "prune", "align", "train", "recover"):
         shutil.rmtree(artifacts[stage].folder)
-    return Seen(before, after, recovered, scale, bits, peak_bytes("train", known)[0] - RUNTIME_BYTES)
+    return Seen(before, after, recovered, scale, tried, bits, peak_bytes("train", known)[0] - RUNTIME_BYTES)
 
 
 def share_row(
@@ -116,6 +120,9 @@ def design_rows(place: str, seen: Seen, base: Sequence[float], best: Sequence[fl
     yield compare(f"{place}: small, before / original", seen.before, base, None)
     yield compare(f"{place}: small, trained / original", seen.after, base, None)
     yield compare(f"{place}: recovered at {seen.scale:g} / original", seen.recovered, base, None)
+    if "emloc" in seen.corrections:
+        corrected, plain = (math.exp(seen.corrections[name]) for name in ("emloc", "none"))
+        yield Row(f"{place}: corrected / not, where it is chosen", corrected, plain, corrected / plain, "-", None, 0)
     yield share_row(f"{place}: share of direct's gain that is kept", base, seen.recovered, base, best)
     yield share_row(f"{place}: share of the small one's own", base, seen.recovered, seen.before, seen.after)
 
@@ -125,7 +132,8 @@ def measure(given: argparse.Namespace) -> Iterator[Row]:
     subject, path = SUBJECTS[given.model], os.environ.get(GSM8K)
     gsm8k = setting("data.task", source=path, prompt="{question}", response="{answer}", exclude=[]) if path else ()
     tuned = setting("train", rank=8, alpha=16, learning_rate=given.rate, steps=given.steps, **BATCH)
-    recover = setting("recover", scales=[0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 2.5], rows=24)
+    recover = setting("recover", scales=[0.5, 1.0, 1.5, 2.0], rows=24)
+    corrected = setting("recover", correction="emloc")
     aligned = setting("align", enabled=True, steps=given.align, **BATCH)
 
     def chosen(budget: float, *overrides: str) -> Config:
@@ -145,7 +153,7 @@ def measure(given: argparse.Namespace) -> Iterator[Row]:
             removed = (*widths, *setting("prune", ratio=gone)) if gone else ()
             place = f"{subject.name}, {share:.0%}: {bits:.4g} bits, {gone:.0%} gone"
             try:
-                seen = through_small(chosen(bits, *aligned, *removed), given.rows)
+                seen = through_small(chosen(bits, *aligned, *removed, *corrected), given.rows)
             except BudgetError as error:
                 print(f"{place}: {error}", file=sys.stderr)
                 continue

@@ -72,7 +72,7 @@ class Prune(PrunedEntries):
         "the small model then loads once qlora_pipe is imported",
     )
     kv_ratio: Fraction = Field(0.0, description="nominal share of the KV groups removed per layer, without ratio")
-    ffn_ratio: Fraction = Field(0.25, description="nominal share of the FFN channels removed per layer, without ratio")
+    ffn_ratio: Fraction = Field(0.0, description="nominal share of the FFN channels removed per layer, without ratio")
     align: Positive = Field(64, description="kept FFN channels are a multiple of this")
     protect_first: Count = Field(0, description="first layers left whole")
     protect_last: Count = Field(0, description="last layers left whole")

@@ -59,17 +59,11 @@ class PrunedEntries(Section):
         default_factory=Sparsity, description="single entries instead of whole groups; all other settings are of groups"
     )
 
-    @model_validator(mode="before")
-    @classmethod
-    def _leaves_structure_alone(cls, value: Any) -> Any:
-        return {"kv_ratio": 0.0, "ffn_ratio": 0.0} | value if is_sparse(value) else value
-
     @model_validator(mode="after")
     def _is_of_one_kind(self) -> "PrunedEntries":
         if not self.sparsity.enabled:
             return self
         neutral = {name: field.default for name, field in type(self).model_fields.items()}
-        neutral |= {"kv_ratio": 0.0, "ffn_ratio": 0.0}
         given = [
             name
             for name, value in neutral.items()

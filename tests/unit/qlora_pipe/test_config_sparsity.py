@@ -7,7 +7,6 @@ from pydantic import ValidationError
 
 from qlora_pipe.config import Config, Prune
 from qlora_pipe.config_file import resolved_yaml
-from qlora_pipe.config_sparsity import Sparsity
 from qlora_pipe.config_yaml import parse_yaml
 
 SMALLEST: dict[str, Any] = {
@@ -23,14 +22,13 @@ def config(sparsity: dict[str, Any], prune: dict[str, Any] | None = None, **sett
 
 def test_patterns_and_their_ratios() -> None:
     assert not Prune().sparsity.enabled
-    assert (Prune().ffn_ratio, Prune().removes) == (0.25, True)
+    assert (Prune().ffn_ratio, Prune().removes) == (0, False)
     for pattern, ratio, group in (("unstructured", 0.55, None), ("2:4", 0.5, 4), ("4:8", 0.5, 8)):
         prune = config({"pattern": pattern}).prune
         assert (prune.sparsity.ratio, prune.sparsity.group, prune.sparsity.by) == (ratio, group, "sparsegpt")
         assert prune.sparsity.enabled
         assert (prune.kv_ratio, prune.ffn_ratio, prune.removes) == (0, 0, False)
     assert config({"pattern": "unstructured", "ratio": 0.3}).prune.sparsity.ratio == 0.3
-    assert Prune(sparsity=Sparsity(pattern="2:4")).ffn_ratio == 0
 
 
 @pytest.mark.parametrize("sparsity", [{"pattern": "4:8"}, {"pattern": "unstructured", "ratio": 0.6, "by": "wanda"}])
