@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,21 @@ def test_the_recovered_adapter_is_the_corrected_one(seen: Context) -> None:
         assert torch.equal(away, ~limited), name
         exact += int(away.sum())
     assert exact > 10
+
+
+def test_put_on_the_decomposed_model_it_is_corrected_the_other_way(seen: Context) -> None:
+    """As for an adapter that was trained on the original weights: the difference changes its sign, and so does what is
+    taken from B. Tolerance: fp32."""
+    other = seen.config.recover.model_copy(update={"base": "decomposed"})
+    turned = replace(seen, config=seen.config.model_copy(update={"recover": other}))
+    there, back = recover._corrected(seen), recover._corrected(turned)
+    small = seen.reader("train", "adapter")
+    for name in (name for name in there if "lora_B" in name):
+        factor = small.read(name)
+        torch.testing.assert_close(
+            there[name] + back[name], 2 * factor, rtol=1e-5, atol=1e-5 * float(factor.abs().max())
+        )
+        assert not torch.equal(there[name], factor)
 
 
 def test_what_was_chosen_is_told_and_verified(seen: Context) -> None:
