@@ -86,14 +86,16 @@ def check_consumers(run: Path) -> Iterator[Verdict]:
 
     Peak bytes: as evaluate, in this process and in the reader's, one after the other. Writes nothing into the run.
     """
-    check = Check(open_run(run), run, load(run / "config.yaml").dtype)
+    context, dtype = open_run(run)
+    check = Check(context, run, dtype)
     for name, said in (read_json(run / "export" / "export.json") or {}).items():
         if "left_out" not in said:
             yield check.verdict(name)
 
 
-def open_run(run: Path) -> Context:
-    """What a stage behind the last one would see of a finished run, on the CPU in fp32; raises ArtifactError."""
+def open_run(run: Path) -> tuple[Context, str]:
+    """What a stage behind the last one would see of a finished run, on the CPU in fp32, and the dtype that the run
+    computed in; raises ArtifactError."""
     artifacts = {name: Artifact((run / name).resolve(), read_manifest(run / name)) for name in CHAIN}
     for name in artifacts["export"].manifest.inputs:
         if name in CHAIN and artifacts["export"].manifest.inputs[name] != artifacts[name].identity:
@@ -114,7 +116,7 @@ def open_run(run: Path) -> Context:
     context = Context(config, know(config, base), base, artifacts, run, run, Reporter(stream=sys.stderr))
     allocation = read_allocation(context.read_json("allocate", "allocation.json"))
     known = context.known.with_allocation(allocation).with_kept(context.index_map.kept_shapes)
-    return replace(context, known=known)
+    return replace(context, known=known), written.dtype
 
 
 @dataclass

@@ -12,11 +12,9 @@ from torch import Tensor
 
 from prune.correction import within_limit
 from prune.exceptions import PruneError
-from prune.groups import ROLES, shape_of
 from prune.indexmap import IndexMap
 from prune.scatter import restrict_adapter, scatter_adapter
 from qlora_pipe.allocation import recheck
-from qlora_pipe.architectures import linear_name
 from qlora_pipe.artifacts.layout import is_weights
 from qlora_pipe.artifacts.manifest import MANIFEST, Manifest, check_files, read_manifest
 from qlora_pipe.artifacts.tensors import TensorReader
@@ -26,7 +24,7 @@ from qlora_pipe.known import CHAIN
 from qlora_pipe.selection import recheck as recheck_selection
 from qlora_pipe.units import format_bytes
 from qlora_pipe.verify_integers import check_exported
-from qlora_pipe.verify_sparse import check_masks, check_zeros
+from qlora_pipe.verify_sparse import check_masks, check_zeros, linear_maps
 from quant.pack import pack, unpack
 from quant.storage import Choice
 from solver import SolverError
@@ -217,12 +215,10 @@ def _check_sliced(run: Path) -> None:
     """Every sliced matrix has the rows that kept.json says, and zeros where masks do."""
     kept = _kept(run / "select")
     reader = TensorReader(run / "prune")
-    for layer in range(len(kept.layers)):
-        for role in ROLES:
-            name = f"{linear_name(layer, role)}.codes"
-            expected, found = len(kept.kept_indices(layer, role)), reader.locations[name].spec.shape[0]
-            if found != expected:
-                raise ArtifactError(f"{run / 'prune'}: {name} has {found} rows, kept.json keeps {expected}; {_AGAIN}")
+    for name, layer, role, _ in linear_maps(kept):
+        expected, found = len(kept.kept_indices(layer, role)), reader.locations[f"{name}.codes"].spec.shape[0]
+        if found != expected:
+            raise ArtifactError(f"{run / 'prune'}: {name}.codes has {found} rows, kept.json keeps {expected}; {_AGAIN}")
     if "sparsity" in _read(run / "select" / "selection.json"):
         check_zeros(run, kept, _read(run / "allocate" / "allocation.json"))
 
@@ -271,21 +267,18 @@ def _check_scattered(run: Path) -> None:
         if not any(folder.glob(f"{stem}*.safetensors")):
             continue
         small, full = TensorReader(run / stage, "adapter"), TensorReader(folder, stem)
-        for layer, shape in enumerate(kept.original):
-            for role in ROLES:
-                name = linear_name(layer, role)
-                indices = kept.kept_indices(layer, role)
-                trained, found = _factors(small, name), _factors(full, name)
-                if stem == "adapter" and report.get("correction", "none") != "none":
-                    corrected = restrict_adapter(*found, role, indices)[1]
-                    if not within_limit(*trained, corrected):
-                        raise ArtifactError(f"{folder}: {stem} {name} is corrected by more than the limit; {_AGAIN}")
-                    trained = trained[0], corrected
-                expected = scatter_adapter(*trained, role, indices, shape_of(role, shape))
-                if not all(map(torch.equal, expected, found)):
-                    raise ArtifactError(
-                        f"{folder}: {stem} {name} differs from the adapter of {stage} at the kept indices; {_AGAIN}"
-                    )
+        for name, layer, role, sides in linear_maps(kept):
+            indices = kept.kept_indices(layer, role)
+            trained, found = _factors(small, name), _factors(full, name)
+            if stem == "adapter" and report.get("correction", "none") != "none":
+                corrected = restrict_adapter(*found, role, indices)[1]
+                if not within_limit(*trained, corrected):
+                    raise ArtifactError(f"{folder}: {stem} {name} is corrected by more than the limit; {_AGAIN}")
+                trained = trained[0], corrected
+            if not all(map(torch.equal, scatter_adapter(*trained, role, indices, sides), found)):
+                raise ArtifactError(
+                    f"{folder}: {stem} {name} differs from the adapter of {stage} at the kept indices; {_AGAIN}"
+                )
 
 
 def _check_cut(run: Path) -> None:
@@ -298,12 +291,10 @@ def _check_cut(run: Path) -> None:
         TensorReader(run / "select", "adapter"),
         TensorReader(run / "align", "adapter"),
     )
-    for layer in range(len(kept.layers)):
-        for role in ROLES:
-            name = linear_name(layer, role)
-            expected = restrict_adapter(*_factors(full, name), role, kept.kept_indices(layer, role))
-            if not all(map(torch.equal, expected, _factors(small, name))):
-                raise ArtifactError(f"{run / 'align'}: {name} is not select's adapter at the kept indices; {_AGAIN}")
+    for name, layer, role, _ in linear_maps(kept):
+        expected = restrict_adapter(*_factors(full, name), role, kept.kept_indices(layer, role))
+        if not all(map(torch.equal, expected, _factors(small, name))):
+            raise ArtifactError(f"{run / 'align'}: {name} is not select's adapter at the kept indices; {_AGAIN}")
 
 
 _ACROSS: dict[str, Callable[[Path], None]] = {

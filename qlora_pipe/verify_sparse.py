@@ -1,6 +1,6 @@
 """Checking a run in which single entries went: masks are what was asked for, and Q is zero where they say."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ def check_masks(folder: Path, body: Mapping[str, Any], kept: IndexMap) -> None:
     if kept != IndexMap.identity(kept.original):
         raise ArtifactError(f"{folder / 'kept.json'}: it cuts groups, where single entries go; {_AGAIN}")
     reader, found = TensorReader(folder, "masks"), {}
-    for name, _, _, columns in _maps(kept):
+    for name, _, _, (_, columns) in linear_maps(kept):
         mask = unpack_mask(reader.read(f"{name}.mask"), columns)
         check_mask(mask, settings.ratio, settings.group)
         weights, zeros = mask.numel(), int(mask.sum())
@@ -51,7 +51,7 @@ def check_zeros(run: Path, kept: IndexMap, allocated: Mapping[str, Any]) -> None
     allocation = read_allocation(allocated)
     full = "decompose" if (run / "refine" / "skipped.json").exists() else "refine"
     masks, small, whole = TensorReader(run / "select", "masks"), TensorReader(run / "prune"), TensorReader(run / full)
-    for name, role, rows, columns in _maps(kept):
+    for name, _, role, (rows, columns) in linear_maps(kept):
         transposed, bias = PRUNED_AXIS[role] == "columns", f"{name}.bias" in small
         shape = PackedShape(columns, rows, allocation[name], transposed, bias)
         buffers: dict[str, Tensor] = {}
@@ -68,7 +68,8 @@ def check_zeros(run: Path, kept: IndexMap, allocated: Mapping[str, Any]) -> None
             )
 
 
-def _maps(kept: IndexMap) -> list[tuple[str, str, int, int]]:
-    """(name, role, out, in) of every linear map."""
-    places = ((layer, role, shape) for layer, shape in enumerate(kept.original) for role in ROLES)
-    return [(linear_name(layer, role), role, *shape_of(role, shape)) for layer, role, shape in places]
+def linear_maps(kept: IndexMap) -> Iterator[tuple[str, int, str, tuple[int, int]]]:
+    """(name, layer, role, sides (out, in) before pruning) of every linear map."""
+    for layer, shape in enumerate(kept.original):
+        for role in ROLES:
+            yield linear_name(layer, role), layer, role, shape_of(role, shape)

@@ -62,6 +62,13 @@ class FakeQuantLinear(L4QLinear):
             row_chunk=row_chunk,
         )
 
+    def tune(self) -> None:
+        """Let gradients reach the weight, steps and trained offsets: LSQ. Raises QuantError for a packed weight."""
+        if not isinstance(self.weight, nn.Parameter):
+            raise QuantError("a packed weight cannot be trained; keep it dense")
+        self.weight.requires_grad_()
+        self.tune_steps()
+
 
 class LoRALinear(nn.Module):
     """``base(x)`` plus an adapter on the activations, with the adapter's side of `quant.linear.PackedLinear`.
@@ -103,6 +110,14 @@ class LoRALinear(nn.Module):
         self.task_a = nn.Parameter(lora_a.detach().to(device, torch.float32, copy=True))
         self.task_b = nn.Parameter(lora_b.detach().to(device, torch.float32, copy=True))
         self.task_scale = strength
+
+    def tune(self) -> None:
+        """Let gradients reach the factors and, of a base that is rounded, its steps and trained offsets."""
+        for factor in (self.task_a, self.task_b):
+            if factor is not None:
+                factor.requires_grad_()
+        if isinstance(self.base, FakeQuantLinear):
+            self.base.tune_steps()
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out], computed in x's dtype (autocast's dtype under autocast)."""
@@ -202,6 +217,11 @@ class QALoRALinear(nn.Module):
         self.register_buffer("first_offset", first)
         lora_a, lora_b = fresh_factors(rows, groups, rank, generator)
         self.lora_a, self.lora_b = nn.Parameter(lora_a.to(scale)), nn.Parameter(lora_b.to(scale))
+
+    def tune(self) -> None:
+        """Let gradients reach the factors, and so the offsets."""
+        self.lora_a.requires_grad_()
+        self.lora_b.requires_grad_()
 
     def _offset(self) -> Tensor:
         """What code 0 stands for now, [out, groups]."""

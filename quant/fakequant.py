@@ -298,9 +298,15 @@ class L4QLinear(nn.Module):
 
     def tune(self) -> None:
         """Let gradients reach factors, steps and trained offsets."""
-        for parameter in (self.lora_a, self.lora_b, self.scale, self.offset):
-            if parameter is not None:
-                parameter.requires_grad_()
+        self.lora_a.requires_grad_()
+        self.lora_b.requires_grad_()
+        self.tune_steps()
+
+    def tune_steps(self) -> None:
+        """Let gradients reach steps and trained offsets."""
+        self.scale.requires_grad_()
+        if self.offset is not None:
+            self.offset.requires_grad_()
 
     @torch.no_grad()
     def clamp_steps_(self) -> int:

@@ -1,7 +1,8 @@
-"""A tiny run whose task was trained, and the model that was: what it leaves is held against it."""
+"""A tiny run in which a model was trained, and that model: what it leaves is held against it."""
 
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -28,17 +29,17 @@ class Trained:
     model: Model
 
 
-def trained_run(config: Path, overrides: tuple[str, ...]) -> Trained:
-    """The whole chain under these settings."""
+def trained_run(config: Path, overrides: tuple[str, ...], stage: ModuleType = train) -> Trained:
+    """The whole chain under these settings, and what was trained in `stage`."""
     settings, models = load(config, overrides), list[Model]()
-    fit = train.fit
+    fit = stage.fit
 
     def fitted(context: Context, model: Model, *rest: Any, **more: Any) -> Any:
         models.append(model)
         return fit(context, model, *rest, **more)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "fit", fitted)
+        patch.setattr(stage, "fit", fitted)
         artifacts = compile_model(settings, Reporter(json_lines=True))
     # The last one: alignment trains before the task.
     return Trained(context_of(settings, artifacts), Path(str(settings.run)), models[-1])

@@ -39,14 +39,6 @@ from quant.linear import PackedMatrix
 from quant.pack import pack
 from quant.start import first_codes, into_cells, packed_into_cells
 
-_TRAINED = {
-    "l4q": ("lora_a", "lora_b", "scale", "offset"),
-    "qat-lora": ("task_a", "task_b", "scale", "offset"),
-    "qa-lora": ("lora_a", "lora_b"),
-    "lsq": ("weight", "scale", "offset"),
-}
-"""Parameters of a linear map that each method trains."""
-
 
 def run(context: Context) -> None:
     """Block by block (EfficientQAT, arXiv 2407.11062) if `block_rows` says so, then end to end.
@@ -69,10 +61,10 @@ def run(context: Context) -> None:
     while tuned:
         name, state = tuned.popitem()
         model.get_submodule(name).load_state_dict(state, strict=False)
-    maps = tuple(f"{name}." for _, _, name in context.known.small.linears())
-    for name, parameter in model.named_parameters():
-        if name.startswith(maps) and name.rpartition(".")[2] in _TRAINED[settings.method]:
-            parameter.requires_grad_()
+    for _, _, name in context.known.small.linears():
+        module = model.get_submodule(name)
+        assert isinstance(module, L4QLinear | LoRALinear | QALoRALinear)
+        module.tune()
     log = fit(context, model, chosen, settings, settings.step_rate, loss) if chosen else []
     _write(context, model)
     context.write_json("history.json", log)

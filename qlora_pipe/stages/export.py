@@ -206,10 +206,12 @@ def _sliced(context: Context) -> Read:
 def _small(context: Context) -> Read:
     """The pruned model with its adapters merged."""
     small, align = context.known.small, context.config.align
-    original = context.config.train.base == "original"
-    dense = _sliced(context) if original else _dequantised(context, "prune", small)
-    if context.config.compensates and not original:
-        dense = _adapted(dense, small, context.reader("align", "adapter"), align.alpha / align.rank)
+    if context.config.train.base == "original":
+        dense = _sliced(context)
+    else:
+        dense = _dequantised(context, "prune", small)
+        if context.config.compensates:
+            dense = _adapted(dense, small, context.reader("align", "adapter"), align.alpha / align.rank)
     return _adapted(dense, small, context.reader("train", "adapter"), strength(context))
 
 

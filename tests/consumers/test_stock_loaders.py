@@ -138,5 +138,5 @@ def test_a_reader_that_is_not_installed_leaves_the_layout(run: Path, monkeypatch
     if "llama" not in run.parent.name:
         pytest.skip("one family is enough for a command")
     monkeypatch.setattr(qlora_pipe.consumers, "find_spec", lambda name: None)
-    check = qlora_pipe.consumers.Check(qlora_pipe.consumers.open_run(run), run, "float32")
+    check = qlora_pipe.consumers.Check(qlora_pipe.consumers.open_run(run)[0], run, "float32")
     assert check.verdict("compressed-tensors").note == "layout only"

@@ -16,6 +16,7 @@ from quant import grid
 from quant.baselines import FakeQuantLinear, LoRALinear, QALoRALinear
 from quant.exceptions import QuantError, ShapeError
 from quant.fakequant import L4QLinear
+from quant.start import first_codes, packed_into_cells
 
 ROWS, GROUP, GROUPS, TOKENS = 6, 16, 2, 7
 COLUMNS = GROUP * GROUPS
@@ -188,6 +189,35 @@ def test_misfitting_operands_are_named():
         QALoRALinear(codes, module.scale, first, None, **given | {"rank": 0})
     with pytest.raises(ShapeError, match=r"factors must be \[rank, 32\]"):
         LoRALinear(nn.Linear(COLUMNS, ROWS)).set_adapter(torch.ones(2, ROWS), torch.ones(ROWS, 2), 1.0)
+
+
+@pytest.mark.parametrize("offset", ["zero", "trained"])
+def test_each_layer_knows_what_it_trains(offset):
+    weight, bias = draw(ROWS, COLUMNS, seed=1).float(), draw(ROWS, seed=2).float()
+    grids = {"bits": 4, "group_size": GROUP, "steps": steps(weight, 4, offset=offset), "offset": offset}
+    fresh = {"rank": 2, "alpha": 1.0, "generator": generator()}
+    factors, rounding = {"lora_a", "lora_b"}, {"scale"} | ({"offset"} if offset == "trained" else set())
+    beside, plain = LoRALinear(FakeQuantLinear(weight, bias, **grids)), LoRALinear(nn.Linear(COLUMNS, ROWS))
+    for module in (beside, plain):
+        module.attach_adapter(2, 1.0, generator())
+    for module, names in (
+        (L4QLinear(weight, bias, **grids, **fresh), factors | rounding),
+        (FakeQuantLinear(weight, bias, **grids), {"weight"} | rounding),
+        (beside, {"task_a", "task_b"} | {f"base.{name}" for name in rounding}),
+        (plain, {"task_a", "task_b"}),
+        (qa_lora(dtype=torch.float32)[0], factors),
+    ):
+        module.requires_grad_(False).tune()
+        assert {name for name, parameter in module.named_parameters() if parameter.requires_grad} == names
+
+
+def test_lsq_of_a_packed_weight_is_refused():
+    weight = draw(ROWS, COLUMNS, seed=1).float()
+    codes, scale, _ = first_codes(weight, 4, GROUP, method="l4q", offset="zero")
+    packed = packed_into_cells(weight, codes, scale, bits=4, half=False, packed_bits=8, factors=None)
+    module = FakeQuantLinear(packed, None, bits=4, group_size=GROUP, steps=(scale, None))
+    with pytest.raises(QuantError, match="packed weight cannot be trained; keep it dense"):
+        module.tune()
 
 
 def test_a_frozen_weight_of_l4q_still_gets_no_gradient():

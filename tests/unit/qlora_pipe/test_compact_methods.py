@@ -1,12 +1,12 @@
 """The methods beside L4Q through the compiler: what was trained is what is stored, evaluated and exported."""
 
 import math
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 from tiny import context_of, save_settings, save_texts, save_tiny_model
+from tiny_training import Trained, logits, trained_run
 from torch import Tensor
 
 from prune.groups import shape_of
@@ -17,7 +17,6 @@ from qlora_pipe.config_file import load
 from qlora_pipe.errors import ConfigError
 from qlora_pipe.events import Reporter
 from qlora_pipe.footprint import ALLOCATOR
-from qlora_pipe.hf.model import Model
 from qlora_pipe.plan import know, make_plan
 from qlora_pipe.stages import compact
 from qlora_pipe.stages.base import Context
@@ -27,23 +26,12 @@ from qlora_pipe.stages.packing import read_factors
 from qlora_pipe.verify import verify_path
 from quant import grid
 
-IDS = torch.arange(2 * 30).reshape(2, 30) * 13 % 256
 LARGE_STEPS = ("compact.learning_rate=1e-2", "compact.step_rate=1e-3", "compact.steps=2")
 METHODS = {
     "lsq": ("compact.bits=2",),
     "qat-lora": ("compact.bits=3", "compact.base=int8"),
     "qa-lora": ("compact.bits=3", "compact.rank=5", "compact.group_size=16"),
 }
-
-
-@dataclass
-class Trained:
-    """A method's artifacts, and what the trained model itself computes."""
-
-    seen: Context
-    out: Path
-    weights: dict[str, Tensor]
-    logits: Tensor
 
 
 @pytest.fixture(scope="module")
@@ -56,19 +44,14 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module", params=METHODS)
 def trained(config: Path, request: pytest.FixtureRequest) -> Trained:
-    settings = load(config, (f"compact.method={request.param}", *METHODS[request.param], *LARGE_STEPS))
-    models: list[Model] = []
-    write = compact._write
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compact, "_write", lambda context, model: (models.append(model), write(context, model)))
-        artifacts = compile_model(settings, Reporter(json_lines=True))
-    weights = {name: module.dequantized() for name, module in integer_modules(models[0]).items()}
-    return Trained(context_of(settings, artifacts), Path(str(settings.run)), weights, logits(models[0]))
+    overrides = (f"compact.method={request.param}", *METHODS[request.param], *LARGE_STEPS)
+    return trained_run(config, overrides, compact)
 
 
-def logits(model: Model) -> Tensor:
-    with torch.no_grad():
-        return model.eval()(input_ids=IDS).logits
+@pytest.fixture(scope="module")
+def weights(trained: Trained) -> dict[str, Tensor]:
+    """What the integers of the last step stand for."""
+    return {name: module.dequantized() for name, module in integer_modules(trained.model).items()}
 
 
 def target(seen: Context, layer: int, role: str, name: str) -> Tensor:
@@ -77,15 +60,15 @@ def target(seen: Context, layer: int, role: str, name: str) -> Tensor:
     return merged_weight(sliced_base_weight(seen, layer, role, name)[0], *factors, seen.config.train.alpha / 4)
 
 
-def test_what_was_trained_is_what_is_stored(trained: Trained) -> None:
+def test_what_was_trained_is_what_is_stored(trained: Trained, weights: dict[str, Tensor]) -> None:
     reader = trained.seen.reader("compact")
-    for name, weight in trained.weights.items():
+    for name, weight in weights.items():
         assert torch.equal(integer_weight(trained.seen, reader, name), weight)
-    assert torch.equal(logits(compact_model(trained.seen)), trained.logits)
+    assert torch.equal(logits(compact_model(trained.seen)), logits(trained.model))
     assert {stage.split()[0] for stage in verify_path(trained.out)} >= {"compact", "recover", "evaluate"}
 
 
-def test_training_moved_what_the_method_trains(trained: Trained) -> None:
+def test_training_moved_what_the_method_trains(trained: Trained, weights: dict[str, Tensor]) -> None:
     seen, settings, moved = trained.seen, trained.seen.config.compact, []
     first, reader = first_integers(seen), seen.reader("compact")
     for layer, role, name in seen.known.small.linears():
@@ -96,11 +79,11 @@ def test_training_moved_what_the_method_trains(trained: Trained) -> None:
         assert torch.equal(reader.read(f"{name}.scale"), scale) == (settings.method == "qa-lora")
         if settings.method == "qa-lora":
             offset = reader.read(f"{name}.offset")
-            assert torch.equal(grid.dequantize(codes, scale, offset), trained.weights[name])
+            assert torch.equal(grid.dequantize(codes, scale, offset), weights[name])
             moved.append((offset != 0).double().mean().item())
         else:
             start = grid.dequantize(codes, scale, grid.offset_of(settings.first_offset_at(bits), scale))
-            moved.append((trained.weights[name] - start).abs().gt(0.5 * scale.mean()).double().mean().item())
+            moved.append((weights[name] - start).abs().gt(0.5 * scale.mean()).double().mean().item())
     assert min(moved) > (0.99 if settings.method == "qa-lora" else 0.0)
 
 
@@ -111,7 +94,7 @@ def test_only_l4q_and_qat_lora_leave_an_adapter_and_only_l4q_transfers_it(traine
     assert "unquantise_gap" not in seen.read_json("recover", "recovery.json")
 
 
-def test_evaluation_and_export_take_the_adapter_along(trained: Trained) -> None:
+def test_evaluation_and_export_take_the_adapter_along(trained: Trained, weights: dict[str, Tensor]) -> None:
     seen, method = trained.seen, trained.seen.config.compact.method
     rows = {row["model"]: row for row in seen.read_json("evaluate", "metrics.json") if row["dataset"] == "task"}
     sides = [shape_of(role, seen.known.small.layers[layer]) for layer, role, _ in seen.known.small.linears()]
@@ -124,7 +107,7 @@ def test_evaluation_and_export_take_the_adapter_along(trained: Trained) -> None:
     assert ("not one integer model" in said) == (method == "qat-lora")
     assert method in said.lower()
     small = TensorReader(trained.out / "export" / "small")
-    for name, weight in trained.weights.items():
+    for name, weight in weights.items():
         if method == "qat-lora":
             factors = read_factors(seen.reader("compact", "adapter").read, name)
             weight = merged_weight(weight, *factors, seen.config.train.alpha / 4)

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 from pydantic import ValidationError
+from tiny import SIZES
 
 from qlora_pipe.architectures import from_config
 from qlora_pipe.artifacts.layout import file_bytes
@@ -13,16 +14,7 @@ from qlora_pipe.gguf_layout import gguf_bytes
 from qlora_pipe.known import Known, estimate_allocation
 from qlora_pipe.shapes import check_shapes
 
-QWEN = {
-    "model_type": "qwen2",
-    "hidden_size": 64,
-    "intermediate_size": 192,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 260,
-    "tie_word_embeddings": True,
-}
+QWEN = SIZES | {"model_type": "qwen2"}
 PRUNE = {"kv_ratio": 0.0, "ffn_ratio": 0.3, "align": 32}
 ALLOCATED = {"ratio": 0.2, "widths": "allocated", "align": 32}
 

@@ -4,6 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from tiny import SIZES
 
 from prune.groups import shape_of
 from qlora_pipe import layouts
@@ -22,16 +23,7 @@ from qlora_pipe.known import (
 from qlora_pipe.shapes import check_shapes
 from quant.storage import Choice
 
-TINY = {
-    "model_type": "qwen2",
-    "hidden_size": 64,
-    "intermediate_size": 192,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 260,
-    "tie_word_embeddings": True,
-}
+TINY = SIZES | {"model_type": "qwen2"}
 SETTINGS: dict[str, Any] = {
     "model": "owner/name",
     "data": {"calibration": "a.txt", "task": "b.txt"},
@@ -142,7 +134,13 @@ def test_blocks_of_a_table_divide_the_hidden_axis(hidden: int, block: int) -> No
 
 
 NARROW = TINY | {"hidden_size": 16, "intermediate_size": 48, "head_dim": 4, "num_hidden_layers": 30}
-SHARDED = TINY | {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 33, "num_attention_heads": 64}
+SHARDED = TINY | {
+    "hidden_size": 8192,
+    "intermediate_size": 28672,
+    "num_hidden_layers": 33,
+    "num_attention_heads": 64,
+    "head_dim": 128,
+}
 
 
 @pytest.mark.parametrize("sizes", [TINY, NARROW, SHARDED])
