@@ -1,5 +1,6 @@
 """The compiler: one straight line of stages, each an artifact on disk with a manifest."""
 
+import errno
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -62,6 +63,12 @@ STAGES = (
     export.STAGE,
     evaluate.STAGE,
 )
+_TROUBLE = {
+    getattr(errno, name)
+    for name in ("ENOSPC", "EDQUOT", "EIO", "EROFS", "EACCES", "EPERM", "ESTALE", "EMFILE", "ENFILE", "ENOMEM")
+}
+"""What the user can mend; any other OSError is a defect of ours."""
+
 assert tuple(stage.name for stage in STAGES) == CHAIN
 
 
@@ -82,7 +89,7 @@ def compile_model(
         _work()
         return {}
     store = Store(Path(config.run))
-    with store.lock(), _told(reporter, store.run / STATE, until):
+    with store.lock(), _told(reporter, store.run / STATE, until), _typed(reporter):
         run = _Run(config, reporter, store)
         for stage in STAGES[: CHAIN.index(until) + 1]:
             run.perform(stage, afresh=start is not None and CHAIN.index(stage.name) >= CHAIN.index(start), start=start)
@@ -103,6 +110,29 @@ def _told(reporter: Reporter, state: Path, until: str) -> Iterator[None]:
         raise
     finally:
         reporter.state = None
+
+
+@contextmanager
+def _typed(reporter: Reporter) -> Iterator[None]:
+    """Trouble of the machine as the StageError of the stage that met it."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _TROUBLE:
+            raise
+        raise StageError(
+            f"{reporter.stage or 'run'}: {error.strerror} ({error.filename}); mend that and run again, finished stages "
+            "are kept"
+        ) from error
+    except (MemoryError, RuntimeError) as error:
+        # torch says so of the host in words alone.
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        raise StageError(
+            f"{reporter.stage or 'run'}: out of memory; lower batch_size or length, set activation_checkpointing, or "
+            "end what else takes memory, and run again: `qlora-pipe plan` says what each stage takes, finished stages "
+            "are kept"
+        ) from error
 
 
 def _check_shares(config: Config, until: str) -> None:
@@ -162,17 +192,15 @@ class _Run:
         plan = self._plan()
         if plan.settled:
             self.reporter.event("settled", plan.settled)
-        link = self.store.run / BASE_LINK
-        link.unlink(missing_ok=True)
-        link.symlink_to(self.base.resolve())
-        (self.store.run / "config.yaml").write_text(resolved_yaml(self.config))
+        self.store.link(BASE_LINK, self.base.resolve())
+        self.store.put("config.yaml", resolved_yaml(self.config))
         self.artifacts: dict[str, Artifact] = {}
 
     def _plan(self) -> Plan:
         """Write plan.json, and return it; raises PlanError if the run would not fit."""
         plan = plan_known(self.known)
         check_memory(plan, self.config)
-        (self.store.run / "plan.json").write_text(json.dumps(plan.to_json(), indent=2) + "\n")
+        self.store.put("plan.json", json.dumps(plan.to_json(), indent=2) + "\n")
         return plan
 
     def perform(self, stage: Stage, *, afresh: bool, start: str | None) -> None:
@@ -250,9 +278,7 @@ class _Run:
             # Sums on the CPU depend on how many threads they are shared among.
             "threads": torch.get_num_threads(),
         }
-        fresh = self.store.run / ".work" / "stats.json"
-        fresh.write_text(json.dumps(stats, indent=2) + "\n")
-        os.replace(fresh, self.store.run / "stats.json")
+        self.store.put("stats.json", json.dumps(stats, indent=2) + "\n")
 
     def _explain(self, ticket: Ticket) -> None:
         """Say why the stage runs: first time, or what differs from the artifact that is there."""

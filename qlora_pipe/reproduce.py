@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -18,8 +18,11 @@ from qlora_pipe.known import CHAIN
 from qlora_pipe.report.table import render
 from qlora_pipe.verify import check_lineage
 
-_NAMES_ITS_RUN = ("export", "peft/adapter_config.json", "base_model_name_or_path")
-"""Stage, file and field that hold where the run lies: all else of that file has to be the same."""
+_PLACE = "base_name"
+"""A setting of export that says where the run lies. Which model it is about the hash of the source says."""
+
+_NAMES_ITS_PLACE = ("export", "peft/adapter_config.json", "base_model_name_or_path")
+"""Stage, file and field that have it from there: all else of that file has to be the same."""
 
 
 @dataclass(frozen=True)
@@ -70,24 +73,29 @@ def compare(run: Path, again: Path) -> Iterator[Verdict]:
         threads = [found.get(stage, {}).get("threads", torch.get_num_threads()) for found in stats]
         if threads[0] != threads[1]:
             made_with.append(f"{threads[0]:.0f} threads, now {threads[1]:.0f}: sums on the CPU depend on it")
-        asked = Ticket(new.stage, new.code_version, new.settings, new.inputs)
-        differences = (*changes(old, asked), *_files(run / stage, old, again / stage, new))
+        differences = (*_asked(old, new), *_files(run / stage, old, again / stage, new))
         yield Verdict(stage, differences, tuple(made_with))
+
+
+def _asked(old: Manifest, new: Manifest) -> Iterator[str]:
+    """Settings, code and inputs that differ."""
+    plain = [{key: value for key, value in each.settings.items() if key != _PLACE} for each in (old, new)]
+    yield from changes(replace(old, settings=plain[0]), Ticket(new.stage, new.code_version, plain[1], new.inputs))
 
 
 def _files(folder: Path, old: Manifest, again: Path, new: Manifest) -> Iterator[str]:
     for name in sorted(old.files.keys() | new.files.keys()):
         if name not in old.files or name not in new.files:
             yield f"{name} is in one of them alone"
-        elif old.files[name] != new.files[name] and not _names_its_run(old.stage, name, folder, again):
+        elif old.files[name] != new.files[name] and not _names_its_place(old.stage, name, folder, again):
             yield f"{name}: SHA-256 {old.files[name].sha256}, now {new.files[name].sha256}"
 
 
-def _names_its_run(stage: str, name: str, *folders: Path) -> bool:
+def _names_its_place(stage: str, name: str, *folders: Path) -> bool:
     """Whether a file differs in nothing but the run folder that it names."""
-    if (stage, name) != _NAMES_ITS_RUN[:2]:
+    if (stage, name) != _NAMES_ITS_PLACE[:2]:
         return False
     bodies = [json.loads((folder / name).read_text()) for folder in folders]
     for body in bodies:
-        body.pop(_NAMES_ITS_RUN[2])
+        body.pop(_NAMES_ITS_PLACE[2])
     return bodies[0] == bodies[1]

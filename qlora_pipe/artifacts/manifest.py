@@ -107,9 +107,13 @@ def check_files(folder: Path) -> Manifest:
         raise ArtifactError(f"{folder}: files differ from the manifest, first {odd[0]}; run the stage again")
     for name, entry in manifest.files.items():
         path = folder / name
-        if path.stat().st_size != entry.bytes:
+        try:
             size = path.stat().st_size
+            same = size == entry.bytes and file_digest(path) == entry.sha256
+        except OSError as error:
+            raise ArtifactError(f"{path}: cannot be read: {error.strerror}; mend that and run again") from error
+        if size != entry.bytes:
             raise ArtifactError(f"{path}: expected {entry.bytes} bytes, found {size}; run the stage again")
-        if file_digest(path) != entry.sha256:
+        if not same:
             raise ArtifactError(f"{path}: the content differs from its SHA-256 in the manifest; run the stage again")
     return manifest

@@ -97,10 +97,19 @@ class Store:
                 raise ArtifactError(
                     f"{self.run}: another run ({_owner(stream)}) is working in this folder; wait for it to end"
                 )
+            self._tidy()
             stream.truncate(0)
             stream.write(f"process {os.getpid()} on {socket.gethostname()}")
             stream.flush()
             yield
+
+    def _tidy(self) -> None:
+        """Remove what a run left that was killed: nobody else is at work, and its settings may never come back."""
+        for left in self._work.glob("*.*"):
+            if left.suffix in (".tmp", ".trash"):
+                shutil.rmtree(left, ignore_errors=True)
+            elif left.suffix in (".link", ".fresh"):
+                left.unlink(missing_ok=True)
 
     def current(self, stage: str) -> Manifest | None:
         """The manifest that `<run>/<stage>` stands for, or None."""
@@ -110,18 +119,24 @@ class Store:
             return None
 
     def find(self, ticket: Ticket) -> Artifact | None:
-        """The artifact of this identity if it is here and whole; a damaged one is moved out of the way."""
+        """The artifact of this identity if it is here and whole; a damaged one is moved out of the way, and one that
+        cannot be read raises ArtifactError."""
         folder = self._object(ticket)
         if not folder.exists():
             return None
         try:
             artifact = Artifact(folder, check_files(folder))
-        except ArtifactError:
+        except ArtifactError as error:
+            # What cannot be read now may be whole: a disk that fails, or a file that is not ours, costs no work.
+            if isinstance(error.__cause__, OSError):
+                raise
             artifact = None
         if artifact is None or artifact.identity != ticket.identity:
             self._discard(folder)
             return None
         self._point(ticket.stage, folder)
+        # Killed right after its commit, a run left its checkpoints.
+        shutil.rmtree(self._work / folder.name, ignore_errors=True)
         return artifact
 
     def work(self, ticket: Ticket) -> Path:
@@ -191,8 +206,11 @@ class Store:
             shutil.rmtree(trash, ignore_errors=True)
 
     def _point(self, stage: str, folder: Path) -> None:
-        link, fresh = self.run / stage, self._work / f"{stage}.link"
-        target = Path(".objects") / folder.name
+        self.link(stage, Path(".objects") / folder.name)
+
+    def link(self, name: str, target: Path) -> None:
+        """Let `<run>/<name>` lead to `target`; at every moment it leads to the old one or the new one."""
+        link, fresh = self.run / name, self._work / f"{name}.link"
         if link.is_symlink() and link.readlink() == target:
             return
         if link.exists() and not link.is_symlink():
@@ -201,6 +219,12 @@ class Store:
         fresh.symlink_to(target)
         os.replace(fresh, link)
         fsync(self.run)
+
+    def put(self, name: str, text: str) -> None:
+        """Write the file `<run>/<name>`; at every moment it is the old one or the new one."""
+        fresh = self._work / f"{name}.fresh"
+        fresh.write_text(text)
+        os.replace(fresh, self.run / name)
 
 
 def owner(run: Path) -> str | None:

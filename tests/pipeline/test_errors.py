@@ -229,6 +229,25 @@ def test_a_full_disk_is_named_whatever_the_library_says(folder: Path, monkeypatc
     refused(run(folder), folder, "StageError", "calibrate", "full")
 
 
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (MemoryError(), ["out of memory", "plan"]),
+        (torch.OutOfMemoryError("CUDA out of memory"), ["out of memory", "batch_size"]),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), ["out of memory", "batch_size"]),
+        (OSError(errno.EIO, "Input/output error", "model.safetensors"), ["Input/output error (model.safetensors)"]),
+    ],
+)
+def test_trouble_of_the_machine_names_the_stage(
+    folder: Path, error: Exception, words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(self: TensorWriter, name: str, tensor: torch.Tensor) -> None:
+        raise error
+
+    monkeypatch.setattr(TensorWriter, "write", broken)
+    refused(run(folder), folder, "StageError", "calibrate: ", *words)
+
+
 def test_memory_limit_is_enforced_before_any_stage(folder: Path) -> None:
     refused(run(folder, "--set", "memory.host=1MB"), folder, "PlanError", "memory.host")
     assert not (folder / "run/source").exists()

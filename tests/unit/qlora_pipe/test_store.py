@@ -173,6 +173,57 @@ def test_a_killed_writer_leaves_nothing_half_under_the_stages_name(tmp_path: Pat
     assert left_over(store) == []
 
 
+def test_what_cannot_be_read_is_not_taken_for_damage(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = make(store)
+
+    def broken(path: Path) -> str:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("qlora_pipe.artifacts.manifest.file_digest", broken)
+        with pytest.raises(ArtifactError, match=r"model.safetensors: cannot be read: Input/output error"):
+            store.find(ONE)
+    (made.folder / "manifest.json").rename(made.folder / "aside")
+    (made.folder / "manifest.json").mkdir()
+    with pytest.raises(ArtifactError, match=r"manifest.json: expected a manifest, found .*directory"):
+        store.find(ONE)
+    (made.folder / "manifest.json").rmdir()
+    (made.folder / "aside").rename(made.folder / "manifest.json")
+    assert store.find(ONE) == made
+
+
+def test_what_a_killed_run_left_goes_with_the_next(tmp_path: Path) -> None:
+    store = Store(tmp_path / "run")
+    with store.lock():
+        checkpoint = store.work(OTHER) / "checkpoint"
+        checkpoint.write_text("step 2")
+        # Killed right after the commit, it keeps them.
+        made = make(store)
+        (store.work(ONE) / "checkpoint").write_text("step 2")
+    work = store.run / ".work"
+    for name in ("train-0.tmp", "train-1.trash"):
+        (work / name).mkdir()
+        (work / name / "model.safetensors").write_text("half")
+    (work / "train.link").symlink_to("nowhere")
+    (work / "plan.json.fresh").write_text("{")
+    with store.lock():
+        assert store.find(ONE) == made
+        assert left_over(store) == [checkpoint.parent.name]
+        assert checkpoint.exists()
+
+
+def test_files_and_links_are_replaced_whole(store: Store) -> None:
+    store.put("plan.json", "old")
+    with (store.run / "plan.json").open() as reader:
+        store.put("plan.json", "new and longer")
+        assert reader.read() == "old"
+    assert (store.run / "plan.json").read_text() == "new and longer"
+    for target in ("one", "other"):
+        store.link("base", store.run / target)
+        assert (store.run / "base").readlink() == store.run / target
+    assert left_over(store) == []
+
+
 def test_checkpoints_outlive_a_failure_and_go_with_the_commit(store: Store) -> None:
     (store.work(ONE) / "checkpoint").write_text("step 2")
     with pytest.raises(ZeroDivisionError), store.writing(ONE):
