@@ -92,7 +92,7 @@ def prepared(folder: Path, layers: int, width: int) -> Context:
     for stage in ("compact", "recover"):
         for stem, layout in known.outputs(stage).items():
             write(run / stage, layout, stem)
-    said = {"tokens": 1, "base": config.recover.base}
+    said = {"tokens": 1, "base": config.recover.base, "correction": "none"}
     bodies = {
         "source/source.json": {"license": None},
         "allocate/allocation.json": {"bits_per_weight": 4.0, "gap": 0.0},
