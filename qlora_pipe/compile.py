@@ -193,7 +193,8 @@ class _Run:
         if plan.settled:
             self.reporter.event("settled", plan.settled)
         self.store.link(BASE_LINK, self.base.resolve())
-        self.store.put("config.yaml", resolved_yaml(self.config))
+        # What was found for it holds, whatever machine reads this.
+        self.store.put("config.yaml", resolved_yaml(self.config.model_copy(update={"train_budget": None})))
         self.artifacts: dict[str, Artifact] = {}
 
     def _plan(self) -> Plan:

@@ -12,7 +12,7 @@ from qlora_pipe.known import CHAIN, Known, estimate_allocation
 from qlora_pipe.memory import peak_bytes, scratch_bytes
 from qlora_pipe.shapes import check_shapes
 from qlora_pipe.sources import ModelSource, architecture_of, find_model
-from qlora_pipe.train_budget import settled, told
+from qlora_pipe.train_budget import check_training, settled, told
 from qlora_pipe.units import format_bytes, parse_bytes
 
 
@@ -116,6 +116,8 @@ def check_memory(plan: Plan, config: Config) -> None:
                 f"stage {worst.name} needs {format_bytes(peak)} of {name} memory, memory.{name} allows {limit}; "
                 "use a smaller batch or length, activation_checkpointing, a lower budget, or raise the limit"
             )
+    if plan.exact:
+        check_training(config, {s.name: s.host_peak if config.device == "cpu" else s.device_peak for s in plan.stages})
 
 
 def render_plan(plan: Plan) -> str:

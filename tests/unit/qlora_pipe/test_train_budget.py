@@ -1,15 +1,19 @@
+import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from tiny import save_settings, save_texts, save_tiny_model
 
+from qlora_pipe import layouts
 from qlora_pipe.compile import compile_model
 from qlora_pipe.config import Config
 from qlora_pipe.config_file import load
-from qlora_pipe.errors import BudgetError, ConfigError
+from qlora_pipe.errors import BudgetError, ConfigError, PlanError
 from qlora_pipe.events import Reporter
+from qlora_pipe.known import choice_bytes, linear_budget
 from qlora_pipe.memory import peak_bytes
-from qlora_pipe.plan import know, make_plan, render_plan
+from qlora_pipe.plan import check_memory, know, make_plan, plan_known, render_plan
 from qlora_pipe.train_budget import LEAST_BITS
 
 GIVEN, OFFERED = 6, ("decompose.budget=6bits", "decompose.ranks=[0, 4]", "prune.kv_ratio=0", "prune.ffn_ratio=0")
@@ -30,9 +34,12 @@ def configured(folder: Path, *overrides: str) -> Config:
 
 
 def training(folder: Path, *overrides: str) -> int:
-    """The plan's peak while training, as it would be without a budget."""
+    """The plan's peak while training if all of the budget is spent, as it would be without train_budget."""
     known = know(load(folder / "tiny.yaml", (*OFFERED, *overrides)))
-    return max(peak_bytes(stage, known)[0 if known.config.device == "cpu" else 1] for stage in ("align", "train"))
+    peak = max(peak_bytes(stage, known)[0 if known.config.device == "cpu" else 1] for stage in ("align", "train"))
+    whole = known.architecture
+    unspent = linear_budget(whole, known.dtypes, known.config) - layouts.linear_bytes(known.decomposed(), whole)
+    return peak + math.ceil(unspent * known.small.linear_weights() / whole.linear_weights())
 
 
 def test_what_fits_stays_as_it_is(folder: Path) -> None:
@@ -81,6 +88,35 @@ def test_what_goes_already_is_not_less(folder: Path) -> None:
     assert found.prune.ratio > 0.5
 
 
+def test_a_ratio_takes_the_place_of_nominal_ones(folder: Path) -> None:
+    nominal = ("prune.kv_ratio=0.5", "prune.align=32", f"decompose.budget={LEAST_BITS}bits")
+    found = configured(folder, *nominal, f"train_budget={training(folder, *nominal) - 1}B").prune
+    assert found.ratio
+    assert (found.kv_ratio, found.ffn_ratio) == (0, 0)
+
+
+def test_what_the_solver_may_spend_is_within_it(folder: Path) -> None:
+    """Few configurations, far apart: an even share of the budget affords the small one, all of it some large ones."""
+    far = ("decompose.bits=[4, 8]", "decompose.block_sizes=[32]", "decompose.ranks=[0]", "decompose.budget=12bits")
+    limit = training(folder, *far, "decompose.budget=6bits")
+    config = load(folder / "tiny.yaml", (*OFFERED, *far, f"train_budget={limit}B"))
+    known = know(config)
+    room, spent = linear_budget(known.architecture, known.dtypes, known.config), dict(known.allocation)
+    for name, sizes in choice_bytes(known.architecture, known.config).items():
+        dearer = spent | {name: max(sizes, key=sizes.__getitem__)}
+        if layouts.linear_bytes(replace(known, allocation=dearer).decomposed(), known.architecture) <= room:
+            spent = dearer
+    assert spent != known.allocation
+    final = known.with_allocation(spent)
+    assert max(peak_bytes(stage, final)[0] for stage in ("align", "train")) <= limit
+    check_memory(plan_known(final), final.config)
+    less = final.config.model_copy(update={"train_budget": f"{limit - 20_000}B"})
+    with pytest.raises(
+        PlanError, match=rf"training takes .* allows {limit - 20_000}B: .*below {less.decompose.budget}"
+    ):
+        check_memory(plan_known(final), less)
+
+
 def test_what_was_found_is_found_again(folder: Path) -> None:
     limit = training(folder, f"decompose.budget={LEAST_BITS}bits", "prune.ratio=0.4")
     found = configured(folder, f"train_budget={limit}B")
@@ -112,4 +148,5 @@ def test_plan_and_run_say_what_was_found(folder: Path) -> None:
     assert expected in render_plan(plan)
     assert next(stage for stage in plan.stages if stage.name == "train").host_peak <= limit
     compile_model(config, Reporter(), until="source")
-    assert load(folder / "run/config.yaml", ()) == found
+    # It is read on other machines too, where nothing is to be found anew.
+    assert load(folder / "run/config.yaml", ()) == found.model_copy(update={"train_budget": None})
