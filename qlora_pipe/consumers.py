@@ -12,7 +12,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import numpy as np
 import torch
 from gguf import GGUFReader
 from safetensors.torch import load_file
@@ -26,9 +25,8 @@ from qlora_pipe.config_data import TASK
 from qlora_pipe.config_file import load
 from qlora_pipe.errors import ArtifactError, ConfigError
 from qlora_pipe.events import Reporter
-from qlora_pipe.exporters.gguf import linear_blocks
 from qlora_pipe.exporters.gptq import ZERO_SHIFT
-from qlora_pipe.gguf_layout import FILE, gguf_bytes, gguf_name
+from qlora_pipe.gguf_layout import FILE, gguf_bytes
 from qlora_pipe.hf import consumer
 from qlora_pipe.hf.model import Model
 from qlora_pipe.known import CHAIN
@@ -41,7 +39,7 @@ from qlora_pipe.stages.base import Context
 from qlora_pipe.stages.compact import compact_model
 from qlora_pipe.stages.models import base_model, decomposed_model, task_model, with_adapter
 from qlora_pipe.stages.train import strength
-from qlora_pipe.verify_integers import difference
+from qlora_pipe.verify_integers import difference, gguf_difference
 
 TOKENS = 64
 """Held-out tokens whose logits are compared, at most."""
@@ -234,14 +232,10 @@ class Check:
         layout, compact = known.exported_integers("gguf"), self.context.reader("compact")
         if path.stat().st_size != gguf_bytes(layout, known.gguf_keys):
             return "DIFFERS: another size than the format has"
-        stored = {tensor.name: tensor.data for tensor in GGUFReader(path).tensors}
-        if set(stored) != set(layout):
+        if {tensor.name for tensor in GGUFReader(path).tensors} != set(layout):
             return "DIFFERS: other tensors than the format has"
-        for linear, bits in known.integer_bits.items():
-            blocks, _ = linear_blocks(compact.read, linear, known.small, bits, self.context.config.compact)
-            if not np.array_equal(stored[gguf_name(f"{linear}.weight")], blocks.numpy()):
-                return f"DIFFERS: codes or steps of {linear}"
-        return None
+        problem = gguf_difference(path, compact, known.small, known.integer_bits, self.context.config.compact)
+        return problem and f"DIFFERS: {problem}"
 
 
 def _settings(folder: Path) -> dict[str, Any]:

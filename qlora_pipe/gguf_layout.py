@@ -84,7 +84,10 @@ def gguf_keys(folder: Path, architecture: Architecture, settings: Compact, bits:
         (rotary != "default", f"with {rotary} rotary scaling"),
         (config.get("hidden_act", "silu") != "silu", f"with the activation {config.get('hidden_act')}"),
         (config.get("use_sliding_window"), "with sliding windows"),
-        ("rope_theta" not in rope or "rms_norm_eps" not in config, "whose config.json has no rope_theta, rms_norm_eps"),
+        (
+            None in (rope.get("rope_theta"), config.get("rms_norm_eps"), config.get("max_position_embeddings")),
+            "whose config.json has no rope_theta, rms_norm_eps or max_position_embeddings",
+        ),
     ):
         if differs:
             raise ConfigError(f"{folder}: readers of GGUF have no {kind} model {what}: {INSTEAD}")

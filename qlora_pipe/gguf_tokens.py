@@ -48,7 +48,7 @@ def tokenizer_keys(folder: Path, vocab: int) -> Keys:
             raise _refused(folder, f"the special token {unknown[0]!r}, which it has no number for")
         adds = _added_around(folder, body, special)
         merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
         raise SourceError(f"{folder}/tokenizer.json: expected a tokenizer, found {error!r}; fetch it again") from error
     found: Keys = {
         "tokenizer.ggml.model": "gpt2",
@@ -79,8 +79,10 @@ def _checked(folder: Path, body: Mapping[str, Any]) -> str:
     split = _split(body.get("pre_tokenizer") or {"type": "none"})
     if split is None:
         raise _refused(folder, "a way to split text that has no name in GGUF")
-    if model.get("ignore_merges") and split != "llama-bpe":
-        raise _refused(folder, "a BPE that takes whole words before merges")
+    # llama.cpp takes whole words before merges with this split, and with no other.
+    if bool(model.get("ignore_merges")) != (split == "llama-bpe"):
+        takes = "takes" if model.get("ignore_merges") else "does not take"
+        raise _refused(folder, f"a BPE that {takes} whole words before merges, split as {split}")
     return split
 
 

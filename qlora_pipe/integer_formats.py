@@ -85,8 +85,10 @@ def _gguf_refusal(small: Architecture, config: Config) -> str | None:
     if small.biased != frozenset(small.family.bias_roles):
         return f"its readers leave out the biases of this {kind} model: take {DEFAULT}"
     if kind == "qwen2" and shape.heads * shape.head_dim != shape.hidden:
+        whole = "prune.kv_ratio to 0" if config.prune.ratio is None else "prune.ffn_ratio in place of prune.ratio"
         return (
-            f"its readers take heads of a {kind} model for {shape.hidden}/{shape.heads} wide: set prune.kv_ratio to 0"
+            f"its readers take heads of a {kind} model for {shape.hidden}/{shape.heads} wide: set {whole}, or take "
+            f"{DEFAULT}"
         )
     if kind == "qwen3" and shape.head_dim != _QWEN3_HEADS:
         return f"its readers take heads of a {kind} model for {_QWEN3_HEADS} wide: take {DEFAULT}"

@@ -73,7 +73,7 @@ def _one_kind_of_error(folder: Path) -> Iterator[None]:
     """What goes wrong while contents are read is a defect of the artifact."""
     try:
         yield
-    except (SourceError, PruneError, LookupError, TypeError, ValueError, AttributeError) as error:
+    except (SourceError, PruneError, OSError, LookupError, TypeError, ValueError, AttributeError) as error:
         raise ArtifactError(f"{folder}: expected a whole artifact, found {error!r}; {_AGAIN}") from error
 
 

@@ -161,18 +161,21 @@ def rotary_rows(rows: int, head_dim: int, device: torch.device | None = None) ->
     return torch.arange(rows, device=device).view(-1, 2, head_dim // 2).transpose(1, 2).reshape(-1)
 
 
-def half_steps(words: Tensor, scale: Tensor, bits: int, group_size: int) -> tuple[Tensor, float]:
+def half_steps(
+    words: Tensor, scale: Tensor, bits: int, group_size: int, *, unsigned: bool = False
+) -> tuple[Tensor, float]:
     """Steps in fp16, and the largest relative change of one that any code other than 0 is multiplied with.
 
     Args:
         words: int32 [out, packed_columns(in, bits)]. scale: [out, in // group_size].
+        unsigned: steps are multiplied with the codes as they are stored, from 0 on, and the smallest weight is added.
 
     Raises:
         QuantError: such a step would be 0, or any would be infinite.
     """
     half = scale.half()
     codes = unpack(words, bits, scale.shape[1] * group_size).view(*scale.shape, group_size)
-    used = (codes != -bounds(bits)[0]).any(dim=-1)
+    used = (codes != (0 if unsigned else -bounds(bits)[0])).any(dim=-1)
     lost = half.isinf() | (used & (half == 0))
     if bool(lost.any()):
         raise QuantError(f"float16 has no step for {float(scale[lost][0]):g}")

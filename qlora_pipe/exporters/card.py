@@ -107,9 +107,11 @@ def _facts(kind: str, origin: Origin, said: Mapping[str, Any], recovery: Mapping
             f"token on {recovery['tokens']} tokens, on the {recovery['base']} model."
         )
         if kind == "peft":
-            yield f"Its factors: {said['factors']}, {'bit for bit' if said['exact'] else 'B times the scale'}."
+            scaled = "" if said["scale"] == 1 else ", B times the scale"
+            yield f"Its factors: {said['factors']}{', bit for bit' if said['exact'] else scaled}."
         else:
-            yield f"Weights: {said['weights']}, stored in {said['dtype']}."
+            corrected = "" if recovery["correction"] == "none" else ", corrected for the weights it was trained on"
+            yield f"Weights: {said['weights']}{corrected}, stored in {said['dtype']}."
     elif "codes" in said:
         yield f"Integers: {_listed(origin.integer_bits)}; {said['codes']}, bit for bit."
         if kind == "compressed-tensors":

@@ -76,7 +76,7 @@ def linear_blocks(
     kind = settings.offset_at(bits)
     smallest = None
     try:
-        steps, change = half_steps(codes, scale, bits, group)
+        steps, change = half_steps(codes, scale, bits, group, unsigned=kind != "zero")
         changes = {"largest_change_of_a_step": change}
         offset = offset_of(kind, scale, read(f"{name}.offset") if kind == "trained" else None)
         if offset is not None:

@@ -127,7 +127,8 @@ def _integer_model(context: Context, name: IntegerFormat) -> dict[str, Any]:
     if name == "gguf":
         found = {"keys": known.gguf_keys, "architecture": known.small, "bits": shared["bits"]}
         changes = write_gguf(context.out / name, layout, reader.read, settings=settings.compact, **found)
-        return said | {"steps": "float16", "exact": not any(changes.values())} | changes
+        exact = not any(changes.values()) and settings.export.dtype == "float32"
+        return said | {"steps": "float16", "exact": exact} | changes
     largest = write_gptq(context.out / name, layout, reader.read, version=name, **shared)
     return said | {"steps": "float16", "largest_change_of_a_step": largest, "exact": largest == 0}
 

@@ -18,13 +18,16 @@ from tiny import bpe_tokenizer, context_of, save_settings, save_texts, save_tiny
 from tiny_integers import Integers
 from torch import Tensor
 
+from prune.indexmap import IndexMap
 from qlora_pipe.compile import compile_model
 from qlora_pipe.config_file import load
 from qlora_pipe.consumers import Check, open_run
+from qlora_pipe.errors import ArtifactError
 from qlora_pipe.gguf_layout import gguf_bytes, gguf_keys, gguf_name, gguf_tensors
 from qlora_pipe.stages.base import Context
 from qlora_pipe.stages.models import integer_model, integer_weight
 from qlora_pipe.verify import verify_path
+from qlora_pipe.verify_integers import check_exported
 from quant.pack import unpack
 
 IDS = torch.arange(40)[None] + 30
@@ -176,7 +179,7 @@ def test_a_run_keeps_its_plan_and_says_what_it_wrote(files: Files) -> None:
     plan = json.loads((files.run / "plan.json").read_text())
     planned = next(row["files"] for row in plan["stages"] if row["name"] == "export")
     assert planned["gguf/model.gguf"] == (files.run / "export/gguf/model.gguf").stat().st_size
-    assert list(verify_path(files.context.inputs["export"].folder))
+    assert list(verify_path(files.run))
     said = json.loads((files.run / "export/export.json").read_text())["gguf"]
     assert not said["exact"]
     assert 0 < said["largest_change_of_a_step"] <= 2**-11
@@ -187,7 +190,7 @@ def test_a_run_keeps_its_plan_and_says_what_it_wrote(files: Files) -> None:
 
 
 def test_the_check_of_consumers_sees_it(files: Files, tmp_path: Path) -> None:
-    verdict = Check(open_run(files.run), files.run, "float32").verdict("gguf")
+    verdict = Check(open_run(files.run)[0], files.run, "float32").verdict("gguf")
     assert verdict.holds
     assert (verdict.note, verdict.reader) == ("the same", "gguf")
     run = tmp_path / "run"
@@ -198,6 +201,9 @@ def test_the_check_of_consumers_sees_it(files: Files, tmp_path: Path) -> None:
         octet = stream.read(1)[0]
         stream.seek(place + 7)
         stream.write(bytes([octet ^ 1]))
-    verdict = Check(open_run(run), run, "float32").verdict("gguf")
+    verdict = Check(open_run(run)[0], run, "float32").verdict("gguf")
     assert not verdict.holds
     assert verdict.note == "DIFFERS: codes or steps of model.layers.1.mlp.up_proj"
+    kept = IndexMap.from_json(json.loads((run / "select/kept.json").read_text()))
+    with pytest.raises(ArtifactError, match=r"codes or steps of model.layers.1.mlp.up_proj are not those of compact"):
+        check_exported(run, kept)

@@ -64,7 +64,11 @@ def test_splits_are_those_that_transformers_knows_by_name() -> None:
 
 @pytest.mark.parametrize(("pattern", "name"), SPLITS.items())
 def test_splits_are_recognised(base: Path, tmp_path: Path, pattern: str, name: str) -> None:
-    folder = changed(base, tmp_path, "tokenizer.json", lambda body: body.update(pre_tokenizer=split(pattern)))
+    def change(body: dict[str, Any]) -> None:
+        body.update(pre_tokenizer=split(pattern))
+        body["model"].update(ignore_merges=name == "llama-bpe")
+
+    folder = changed(base, tmp_path, "tokenizer.json", change)
     assert tokenizer_keys(folder, 288)["tokenizer.ggml.pre"] == name
 
 
@@ -85,7 +89,8 @@ TOKENIZERS: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
     (lambda body: body["model"].update(type="Unigram"), "another model than byte-level BPE with merges"),
     (lambda body: body["model"].update(byte_fallback=True), "another model than byte-level BPE"),
     (lambda body: body["model"].update(unk_token="<unk>"), "a BPE with dropout, an unknown token"),
-    (lambda body: body["model"].update(ignore_merges=True), "takes whole words before merges"),
+    (lambda body: body["model"].update(ignore_merges=True), "takes whole words before merges, split as gpt-2"),
+    (lambda body: body.update(pre_tokenizer=split(LLAMA)), "does not take whole words before merges, split as llama"),
     (lambda body: body.update(normalizer={"type": "Lowercase"}), "the normaliser Lowercase"),
     (lambda body: body.update(pre_tokenizer=split(QWEN + "|x")), "a way to split text that has no name"),
     (lambda body: body.update(pre_tokenizer=split(LLAMA, invert=True)), "a way to split text that has no name"),
@@ -126,6 +131,9 @@ def test_tokens_that_do_not_fit_are_refused(base: Path, tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text('{"model": []}')
     with pytest.raises(SourceError, match=r"expected a tokenizer, found .*fetch it again"):
         tokenizer_keys(tmp_path, 288)
+    folder = changed(base, tmp_path, "tokenizer.json", lambda body: body["post_processor"].update(single=[]))
+    with pytest.raises(SourceError, match="expected a tokenizer, found ValueError"):
+        tokenizer_keys(folder, 288)
     (tmp_path / "tokenizer.json").unlink()
     with pytest.raises(ConfigError, match=r"no tokenizer\.json"):
         tokenizer_keys(tmp_path, 288)
@@ -139,7 +147,10 @@ MODELS: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
     ),
     (lambda body: body.update(hidden_act="gelu"), "with the activation gelu"),
     (lambda body: body.update(use_sliding_window=True), "with sliding windows"),
-    (lambda body: body.pop("rms_norm_eps"), "whose config.json has no rope_theta, rms_norm_eps"),
+    (
+        lambda body: body.pop("rms_norm_eps"),
+        "whose config.json has no rope_theta, rms_norm_eps or max_position_embeddings",
+    ),
 ]
 
 
