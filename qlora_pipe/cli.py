@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -238,8 +238,12 @@ def _opened(log_json: bool, log: Path | None) -> Iterator["Reporter"]:
         stream = log.open("a")
     except OSError as error:
         raise ConfigError(f"--log-file {log}: expected a path that can be written, found {error.strerror}") from error
-    with stream:
+    try:
         yield Reporter(log=stream)
+    finally:
+        # What the disk has not taken so far has been told of.
+        with suppress(OSError):
+            stream.close()
 
 
 if __name__ == "__main__":

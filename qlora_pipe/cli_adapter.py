@@ -64,7 +64,8 @@ def add(
 @_FORCE
 def subtract(trained: Path, init: Path, rank: int | None, output: Path, dtype: str | None, force: bool) -> None:
     """What training changed: TRAINED less INIT, as it was saved before. For inits that take a part out of the base
-    (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA), the result is an adapter of the original base."""
+    (PiSSA, OLoRA, CorDA, LoRA-GA), the result is an adapter of the original base; for LoftQ it is approximately one,
+    as base and INIT add up to the original but for a residual."""
     from qlora_pipe.adapters import operations
 
     click.echo(operations.subtract(trained, init, output, operations.Cut(rank), dtype, force))

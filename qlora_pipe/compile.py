@@ -207,6 +207,8 @@ class _Run:
     def perform(self, stage: Stage, *, afresh: bool, start: str | None) -> None:
         """Take the stage's artifact if it is there, else make it."""
         self.reporter.stage = stage.name
+        # Its inputs and what is there of it are hashed before anything else is said.
+        self.reporter.note("enter", "looking for what is done")
         ticket = self._ticket(stage)
         known = None if afresh else self.store.find(ticket)
         if known is not None:

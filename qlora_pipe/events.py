@@ -30,8 +30,8 @@ class Advance(Protocol):
 
 class Reporter:
     """Told of everything; passed explicitly. `json_lines` replaces all else by one JSON object a line; `log` gets
-    these lines beside what people read. `state`, where it is set, is a file that holds the last event and how far the
-    work is, whole at any moment."""
+    these lines beside what people read; what it cannot take is left out, and that is said once. `state`, where it is
+    set, is a file that holds the last event and how far the work is, whole at any moment."""
 
     def __init__(self, *, json_lines: bool = False, stream: TextIO | None = None, log: TextIO | None = None) -> None:
         self._stream = stream or sys.stderr
@@ -39,6 +39,7 @@ class Reporter:
         self._log = self._stream if json_lines else log
         self._console = Console(file=self._stream, highlight=False, soft_wrap=True)
         self._under_way: dict[str, Any] | None = None
+        self._complained = False
         self.state: Path | None = None
         self.stage = ""
 
@@ -74,10 +75,22 @@ class Reporter:
         }
         if kind == "progress":
             self._under_way = body
-        if self._log is not None:
-            print(json.dumps(body), file=self._log, flush=True)
         if self.state is not None:
             self._keep({"last": body, "progress": self._under_way})
+        if self._log is not None:
+            self._add(json.dumps(body), self._log)
+
+    def _add(self, line: str, log: TextIO) -> None:
+        try:
+            print(line, file=log, flush=True)
+        except OSError as error:
+            # Where these lines are all that is said, there is no other place to say so.
+            if self._json:
+                raise
+            if not self._complained:
+                self._complained = True
+                said = f"the log cannot be written ({error.strerror}): lines of it are missing, the run goes on"
+                self._console.print(Text(said))
 
     def _keep(self, state: dict[str, Any]) -> None:
         assert self.state is not None

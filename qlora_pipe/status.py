@@ -30,10 +30,10 @@ def show_status(run: Path) -> str:
             f"{run}: expected a run folder, found none; give the folder that `run:` names in the configuration"
         )
     last = state.get("last", {})
-    at = last.get("stage") if working else None
+    at = _at(last) if working else None
     lines = [f"run {run}: {_running(working, last) if working else _ended(last)}"]
     if working:
-        lines.append(_work(last, state.get("progress")))
+        lines.append(_work(at, last, state.get("progress")))
     return "\n".join(lines) + "\n\n" + render(("stage", "", "seconds", "peak GB"), _rows(run, whole, at), 2)
 
 
@@ -60,11 +60,16 @@ def _where(last: dict[str, Any]) -> str:
     return f" in {last['stage']}" if last["stage"] else ""
 
 
-def _work(last: dict[str, Any], progress: dict[str, Any] | None) -> str:
+def _at(last: dict[str, Any]) -> str | None:
+    """The stage that is at work, None between stages: what a stage says last is that it is done."""
+    return None if last.get("event") in ("made", "done") else last.get("stage") or None
+
+
+def _work(at: str | None, last: dict[str, Any], progress: dict[str, Any] | None) -> str:
     """The stage that is at work, and how far it says it is."""
-    if not last or not last["stage"]:
-        return "between stages, time left: unknown"
-    since = f"{last['stage']}, since {_clock(last['time'] - last['seconds'])}"
+    if at is None:
+        return f"between stages, time left: {_UNKNOWN}"
+    since = f"{at}, since {_clock(last['time'] - last['seconds'])}"
     if progress is None:
         return f"{since}, time left: {_UNKNOWN}"
     item = f" ({progress['item']})" if "item" in progress else ""

@@ -24,6 +24,12 @@ from quant.adapters import product_norm, product_svd, rank_of_energy, truncated
 REPORT = "adapter_report.json"
 """What was done to an adapter and what it cost, beside the adapter."""
 
+_APPROXIMATE = (
+    "LoftQ leaves a residual: the base it trains on and the factors it starts from add up to the original model but "
+    "for what its low rank cannot hold; on the original this adapter is off by that"
+)
+"""Of a difference to LoftQ's start: W = Q + B0 A0 + R, and training saw Q + B A (arXiv 2310.08659)."""
+
 # How factors were begun and trained; what is left of it would make PEFT begin them so again.
 _OVER = ("corda_config", "eva_config", "loftq_config", "lora_ga_config", "velora_config", "peft_version")
 _WHERE = ("exclude_modules", "layers_pattern", "layers_to_transform")
@@ -98,7 +104,8 @@ def add(
 
 def subtract(trained: Path, start: Path, output: Path, cut: Cut, dtype: str | None, force: bool) -> str:
     """Write what training changed, of both ranks together: an adapter of the model as it was before an init took a part
-    out of it (PiSSA, arXiv 2404.02948). Raises ConfigError as `add`, WeightError if they adapt other maps."""
+    out of it (PiSSA, arXiv 2404.02948), exactly but for LoftQ. Raises ConfigError as `add`, WeightError if they adapt
+    other maps."""
     adapters = [read_adapter(folder, decomposed=True) for folder in (trained, start)]
     _check_together(adapters, force)
     odd = sorted(adapters[0].sites.keys() ^ adapters[1].sites.keys())
@@ -224,8 +231,13 @@ def _report(total: Sum, matrices: Mapping[str, dict[str, Any]], cut: Cut, operat
         "norm": norm,
         "error": error,
         "relative_error": _share(error, norm),
+        "approximate": _APPROXIMATE if operation == "subtract" and _begun_by_loftq(total) else None,
         "matrices": dict(matrices),
     }
+
+
+def _begun_by_loftq(total: Sum) -> bool:
+    return any(adapter.config.get("init_lora_weights") == "loftq" for adapter, _ in total.parts)
 
 
 def _share(error: float, norm: float) -> float:
@@ -238,4 +250,5 @@ def _shown(report: Mapping[str, Any]) -> str:
         for name, row in report["matrices"].items()
     ]
     rows.append(("all together", "", "", f"{report['norm']:.4g}", f"{report['relative_error']:.2e}"))
-    return render(("matrix", "rank", "of", "norm", "relative error"), rows)
+    table = render(("matrix", "rank", "of", "norm", "relative error"), rows)
+    return table if report["approximate"] is None else f"{table}\n\n{report['approximate']}"

@@ -30,12 +30,12 @@ def run(context: Context) -> None:
 
 def _maps(context: Context, figures: dict[str, dict[str, Any]]) -> Iterator[tuple[str, dict[str, Tensor]]]:
     """Name and buffers of every matrix, in order; its figures go to `figures`."""
-    with context.reporter.progress("decomposing", len(context.known.allocation)) as advance:
-        for layer in _decomposed(context):
-            for name, buffers, found in layer:
+    with context.reporter.progress("decomposing", len(context.known.architecture.layers)) as advance:
+        for layer, matrices in enumerate(_decomposed(context)):
+            for name, buffers, found in matrices:
                 figures[name] = found
                 yield name, buffers
-                advance(name)
+            advance(f"layer {layer}")
 
 
 Decomposed = tuple[str, dict[str, Tensor], dict[str, Any]]

@@ -3,7 +3,9 @@
 import json
 import os
 import shutil
+import stat
 from collections.abc import Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from qlora_pipe.adapters.folder import read_adapter
 from qlora_pipe.artifacts.publish import new_folder
 from qlora_pipe.artifacts.tensors import TensorWriter
 from qlora_pipe.cli import main
-from qlora_pipe.errors import SourceError, UnsupportedModel, WeightError
+from qlora_pipe.errors import ConfigError, SourceError, UnsupportedModel, WeightError
 
 Q, UP, DOWN = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj", "model.layers.1.mlp.down_proj"
 SIDES = {Q: (20, 24), UP: (30, 24), DOWN: (24, 30)}
@@ -235,11 +237,9 @@ def test_what_is_not_whole_is_not_there(one: Path, tmp_path: Path, monkeypatch: 
     with monkeypatch.context() as patched:
         patched.setattr(TensorWriter, "write", fails)
         assert call("truncate", one, "--rank", 2, "--output", tmp_path / "out").exit_code
-    assert seen == [[".out.partial"]] * 3
+    assert len(seen) == 3
+    assert all(len(names) == 1 and fnmatch(names[0], ".out.*.partial") for names in seen)
     assert list(tmp_path.iterdir()) == []
-    # What a killed process leaves is in nobody's way.
-    (tmp_path / ".out.partial").mkdir()
-    (tmp_path / ".out.partial" / "adapter_model.safetensors.index.json").write_text("rubbish")
     passed("truncate", one, "--rank", 2, "--output", tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert sorted(files(tmp_path / "out")) == [
@@ -260,6 +260,21 @@ def test_nothing_is_overwritten(one: Path, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt), new_folder(tmp_path / "other"):
         raise KeyboardInterrupt
     assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "out"]
+
+
+def test_two_at_once_do_not_touch_each_others(tmp_path: Path) -> None:
+    def both() -> None:
+        with new_folder(tmp_path / "out") as late, new_folder(tmp_path / "out") as early:
+            (early / "a").write_text("first")
+            (late / "a").write_text("second")
+
+    with pytest.raises(ConfigError, match="out exists already"):
+        both()
+    assert files(tmp_path / "out") == {"a": b"first"}
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    # As any folder that is made there.
+    (tmp_path / "plain").mkdir()
+    assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == stat.S_IMODE((tmp_path / "plain").stat().st_mode)
 
 
 def test_requests_that_cannot_be_met_are_refused(one: Path, two: Path, tmp_path: Path) -> None:
@@ -331,6 +346,9 @@ def test_an_init_that_moved_the_base_is_for_subtract_alone(tmp_path: Path, init:
     start = save_lora(tmp_path / "b", pairs({Q: 2}, 1))
     passed("subtract", folder, start, "--output", tmp_path / "out")
     assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["init_lora_weights"] is True
+    # LoftQ's base and start are not the model that they came from.
+    said = json.loads((tmp_path / "out" / "adapter_report.json").read_text())["approximate"]
+    assert (said is not None) == (init == "loftq")
 
 
 def test_other_kinds_of_adapters_are_refused(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from qlora_pipe.cli import _opened
 from qlora_pipe.events import Reporter
 
 
@@ -151,3 +152,15 @@ def test_the_state_is_the_last_event_and_the_progress_under_way(tmp_path: Path) 
     # Where nothing can be written, the work goes on.
     reporter.state = tmp_path / "nowhere" / "state.json"
     reporter.event("note", "words")
+
+
+def test_a_log_that_cannot_be_written_ends_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """/dev/full takes no byte, when it is flushed or closed either."""
+    with _opened(False, Path("/dev/full")) as reporter:
+        reporter.state = tmp_path / "state.json"
+        reporter.event("note", "one")
+        reporter.event("note", "two")
+        assert json.loads(reporter.state.read_text())["last"]["message"] == "two"
+    first, *others = capsys.readouterr().err.splitlines()
+    assert first == "the log cannot be written (No space left on device): lines of it are missing, the run goes on"
+    assert others == ["one", "two"]

@@ -77,6 +77,17 @@ def test_a_running_run(run: Path) -> None:
         assert "time left: unknown" in show_status(run)
 
 
+@pytest.mark.parametrize("kind", ["made", "done"])
+def test_a_stage_that_is_done_is_not_at_work(run: Path, kind: str) -> None:
+    with Store(run).lock():
+        events = reporter(run)
+        events.stage = "train"
+        events.event(kind, "done")
+        text = show_status(run)
+        assert "between stages" in text
+        assert rows(text)["train"] == "done"
+
+
 def test_a_finished_run(run: Path) -> None:
     reporter(run).note("end", "done up to evaluate")
     before = snapshot(run)
