@@ -151,11 +151,15 @@ def verify(path: Path) -> None:
 @_JSON
 @_LOG
 def reproduce(run: Path, into: Path | None, log_json: bool, log: Path | None) -> None:
-    """Run RUN again in a fresh folder, and compare the hash of every file. Exit code 1 if any differs."""
+    """Run RUN again in a fresh folder, and compare the hash of every file. Exit code 1 if any differs. Killed, it goes
+    on where it was."""
+    from qlora_pipe.hf.ranks import rank
     from qlora_pipe.reproduce import reproduce
 
     with _opened(log_json, log) as reporter:
         table, same = reproduce(run, into or run.resolve().with_name(f"{run.resolve().name}-again"), reporter)
+    if rank():
+        return
     click.echo(table)
     if not same:
         raise click.exceptions.Exit(1)

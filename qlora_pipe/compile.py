@@ -236,10 +236,7 @@ class _Run:
         inputs |= {f"data:{name}": datasets.fingerprint(data) for name, data in stage.data(self.config).items()}
         if not stage.inputs:
             inputs["model"] = digest({path.name: file_digest(path) for path in model_files(self.base)})
-        settings = stage.settings(self.config)
-        for name, data in stage.data(self.config).items():
-            settings[f"data:{name}"] = data.model_dump(mode="json", exclude={"source"})
-        return Ticket(stage.name, stage.code_version, settings, inputs)
+        return Ticket(stage.name, stage.code_version, settings_of(stage, self.config), inputs)
 
     def _make(self, stage: Stage, ticket: Ticket) -> Artifact:
         planned = self.known.files(stage.name)
@@ -278,8 +275,9 @@ class _Run:
         stats[stage] = {
             "seconds": meter.seconds,
             "peak_bytes": meter.peak_bytes,
-            # Sums on the CPU depend on how many threads they are shared among.
+            # Sums on the CPU depend on what they are shared among.
             "threads": torch.get_num_threads(),
+            "processes": ranks.count(),
         }
         self.store.put("stats.json", json.dumps(stats, indent=2) + "\n")
 
@@ -291,6 +289,14 @@ class _Run:
             return
         for line in changes(before, ticket):
             self.reporter.event("changed", line)
+
+
+def settings_of(stage: Stage, config: Config) -> dict[str, Any]:
+    """All settings that an artifact of the stage is made with, those of its data among them."""
+    found = {
+        f"data:{name}": data.model_dump(mode="json", exclude={"source"}) for name, data in stage.data(config).items()
+    }
+    return stage.settings(config) | found
 
 
 def changes(before: Manifest, ticket: Ticket) -> list[str]:

@@ -1,18 +1,20 @@
 """Running a run again from what it says of itself, and comparing every hash of every stage."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from qlora_pipe.artifacts.manifest import Manifest, check_files
+from qlora_pipe.artifacts.manifest import Manifest, check_files, read_manifest
 from qlora_pipe.artifacts.store import Ticket
-from qlora_pipe.compile import changes, compile_model, read_stats
+from qlora_pipe.compile import STAGES, changes, compile_model, read_stats, settings_of
+from qlora_pipe.config import Config
 from qlora_pipe.config_file import load
-from qlora_pipe.errors import ArtifactError
+from qlora_pipe.errors import ArtifactError, ConfigError
 from qlora_pipe.events import Reporter
+from qlora_pipe.hf import ranks
 from qlora_pipe.inspection import stages_of
 from qlora_pipe.known import CHAIN
 from qlora_pipe.report.table import render
@@ -36,16 +38,25 @@ class Verdict:
 
 def reproduce(run: Path, fresh: Path, reporter: Reporter) -> tuple[str, bool]:
     """Run the chain of `run` again in the new folder `fresh`, as far as it went and with the settings it was made with;
-    a table of what is the same, and whether all is.
+    a table of what is the same, and whether all is. Of several processes (torchrun) rank 0 alone has them.
 
-    Raises ArtifactError if `run` is not whole, or `fresh` is there already; else what compile_model raises.
+    If this was begun in `fresh` before, it goes on there. Raises ArtifactError if `run` is not whole, its config.yaml
+    is not what its stages were made with, or something else is in `fresh`; else what compile_model raises.
     """
     stages = stages_of(run)
+    # What a budget for training led to stands in decompose and prune.
+    config = load(run / "config.yaml").model_copy(update={"run": str(fresh), "train_budget": None})
+    if ranks.rank():
+        compile_model(config, reporter, until=stages[-1])
+        return "", True
     for stage in stages:
         check_lineage(run, stage)
-    if fresh.exists() and any(fresh.iterdir()):
-        raise ArtifactError(f"{fresh}: expected a folder that is not there yet, found one; name another with --into")
-    config = load(run / "config.yaml").model_copy(update={"run": str(fresh)})
+    _check_settings(run, config, stages)
+    if fresh.exists() and any(fresh.iterdir()) and not _begun(run, config, fresh):
+        raise ArtifactError(
+            f"{fresh}: expected a new folder, or one in which this was begun before, found another; name another with "
+            "--into"
+        )
     compile_model(config, reporter, until=stages[-1])
     found = list(compare(run, fresh))
     made_with = dict.fromkeys(line for verdict in found for line in verdict.made_with)
@@ -60,6 +71,33 @@ def reproduce(run: Path, fresh: Path, reporter: Reporter) -> tuple[str, bool]:
     return "\n\n".join(parts), first is None
 
 
+def _check_settings(run: Path, config: Config, stages: Sequence[str]) -> None:
+    """Every command on a run folder writes its config.yaml anew, also one that makes no more than early stages."""
+    for stage in STAGES:
+        if stage.name not in stages:
+            continue
+        made = read_manifest(run / stage.name)
+        wanted = replace(made, settings=settings_of(stage, config))
+        different = next(_asked(made, wanted), None)
+        if different is not None:
+            raise ArtifactError(
+                f"{run / stage.name}: expected it to be made with what config.yaml says, found that {different}, by a "
+                "later command that did not come so far; run the chain up to here with the settings that it is to have"
+            )
+
+
+def _begun(run: Path, config: Config, fresh: Path) -> bool:
+    """Whether `fresh` is the folder of just this reproduction."""
+    if fresh.resolve() == run.resolve():
+        return False
+    try:
+        found = load(fresh / "config.yaml")
+    except ConfigError:
+        return False
+    here = Path(str(found.run)).absolute() == fresh.absolute()
+    return here and found.model_copy(update={"run": config.run}) == config
+
+
 def compare(run: Path, again: Path) -> Iterator[Verdict]:
     """Every stage of `run` beside that of `again`, all files hashed anew; raises ArtifactError for a damaged one."""
     stats = read_stats(run), read_stats(again)
@@ -70,9 +108,10 @@ def compare(run: Path, again: Path) -> Iterator[Verdict]:
             for name in sorted(old.versions.keys() | new.versions.keys())
             if old.versions.get(name) != new.versions.get(name)
         ]
-        threads = [found.get(stage, {}).get("threads", torch.get_num_threads()) for found in stats]
-        if threads[0] != threads[1]:
-            made_with.append(f"{threads[0]:.0f} threads, now {threads[1]:.0f}: sums on the CPU depend on it")
+        for shared_by, now in (("threads", torch.get_num_threads()), ("processes", ranks.count())):
+            before, after = (found.get(stage, {}).get(shared_by, now) for found in stats)
+            if before != after:
+                made_with.append(f"{shared_by} {before:.0f}, now {after:.0f}: sums on the CPU depend on it")
         differences = (*_asked(old, new), *_files(run / stage, old, again / stage, new))
         yield Verdict(stage, differences, tuple(made_with))
 

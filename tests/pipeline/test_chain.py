@@ -107,8 +107,13 @@ def test_running_again_does_nothing_and_says_so(finished: Path) -> None:
 
 @pytest.fixture(scope="module")
 def again(finished: Path) -> tuple[Path, str, bool]:
-    """The run made again elsewhere, what is said of it and whether it is the same."""
-    return finished / "again", *reproduce(finished / "run", finished / "again", Recorder())
+    """The run made again elsewhere after a first attempt, what is said of it and whether it is the same."""
+    run, folder, recorder = finished / "run", finished / "again", Recorder()
+    begun = load(run / "config.yaml").model_copy(update={"run": str(folder)})
+    compile_model(begun, Recorder(), until="calibrate")
+    found = reproduce(run, folder, recorder)
+    assert [line.partition(":")[0] for line in recorder.lines if ": done:" in line] == ["source", "calibrate"]
+    return folder, *found
 
 
 def test_a_second_run_elsewhere_gives_the_same_bytes(finished: Path, again: tuple[Path, str, bool]) -> None:
@@ -119,8 +124,23 @@ def test_a_second_run_elsewhere_gives_the_same_bytes(finished: Path, again: tupl
     first, second = hashes(finished / "run"), hashes(folder)
     assert first["export"].pop("peft/adapter_config.json") != second["export"].pop("peft/adapter_config.json")
     assert first == second
-    with pytest.raises(ArtifactError, match="name another with --into"):
-        reproduce(finished / "run", folder, Recorder())
+    (finished / "other").mkdir()
+    (finished / "other/config.yaml").write_text((folder / "config.yaml").read_text())
+    for place in (finished / "run", finished / "other", finished / "model"):
+        with pytest.raises(ArtifactError, match="name another with --into"):
+            reproduce(finished / "run", place, Recorder())
+
+
+def test_a_config_that_no_stage_was_made_with_is_refused(finished: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished / "run", run, symlinks=True)
+    # As a command up to decompose would leave it.
+    body = yaml.safe_load((run / "config.yaml").read_text())
+    body["train"]["learning_rate"] = 0.125
+    (run / "config.yaml").write_text(yaml.safe_dump(body))
+    with pytest.raises(ArtifactError, match=r"run/train: expected .* found that learning_rate changed: .* -> 0\.125"):
+        reproduce(run, tmp_path / "again", Recorder())
+    assert not (tmp_path / "again").exists()
 
 
 def test_what_was_not_made_alike_is_named(again: tuple[Path, str, bool], finished: Path, tmp_path: Path) -> None:
@@ -144,7 +164,7 @@ def test_what_was_not_made_alike_is_named(again: tuple[Path, str, bool], finishe
     path.write_bytes(path.read_bytes()[:-1] + b"\x01")
     recommit("train", "adapter.safetensors")
     stats = json.loads((run / "stats.json").read_text())
-    stats["prune"]["threads"] = 77
+    stats["prune"] |= {"threads": 77, "processes": 3}
     (run / "stats.json").write_text(json.dumps(stats))
 
     found = {verdict.stage: verdict for verdict in compare(run, other)}
@@ -153,7 +173,10 @@ def test_what_was_not_made_alike_is_named(again: tuple[Path, str, bool], finishe
     assert found["recover"].differences == ("extra.json is in one of them alone",)
     assert found["export"].differences[0].startswith("peft/adapter_config.json: SHA-256 ")
     assert f"torch 0.1, now {version('torch')}" in found["recover"].made_with
-    assert found["prune"].made_with == (f"77 threads, now {torch.get_num_threads()}: sums on the CPU depend on it",)
+    assert found["prune"].made_with == (
+        f"threads 77, now {torch.get_num_threads()}: sums on the CPU depend on it",
+        "processes 3, now 1: sums on the CPU depend on it",
+    )
     # A file that is not what its own manifest says is damage, and no difference of the two runs.
     path.write_bytes(path.read_bytes()[:-1] + b"\x02")
     with pytest.raises(ArtifactError, match="content differs"):

@@ -55,6 +55,16 @@ def test_two_processes_make_what_one_makes(config: Path) -> None:
     assert {"score", "refine", "train", "compact", "recover"} <= set(stages)
 
 
+def test_one_of_two_processes_tells_of_a_run_made_again(config: Path) -> None:
+    run = config.parent / "scored"
+    compile_model(load(config, (f"run={run}",)), Reporter(json_lines=True), until="score")
+    done = torchrun("reproduce", str(run))
+    assert done.returncode == 0, done.stderr
+    same = [line.split()[0] for line in done.stdout.splitlines() if line.endswith(" the same")]
+    assert same == ["source", "calibrate", "score"]
+    assert done.stdout.count("processes 1, now 2") == done.stdout.count("made again in") == 1
+
+
 def test_passes_that_cannot_be_shared_are_refused(config: Path) -> None:
     refused = torchrun("run", str(config), "--set", f"run={config.parent / 'refused'}", "--set", "train.accumulation=3")
     assert refused.returncode != 0
