@@ -122,7 +122,7 @@ def test_run_again_does_nothing_and_says_so(finished: tuple[Path, Result]) -> No
 
 
 def test_events_as_json_lines(finished: tuple[Path, Result]) -> None:
-    expected = [("begin", ""), *(("done", stage) for stage in CHAIN[:3]), ("end", "")]
+    expected = [("begin", ""), *((kind, stage) for stage in CHAIN[:3] for kind in ("enter", "done")), ("end", "")]
     result = passed("run", finished[0], "--log-json", "--until", "score")
     rows = [json.loads(line) for line in result.stderr.splitlines()]
     assert [(row["event"], row["stage"]) for row in rows] == expected
@@ -140,7 +140,7 @@ def test_events_in_a_file(finished: tuple[Path, Result], tmp_path: Path) -> None
     assert min(made["seconds"], made["peak_bytes"], made["bytes"]) > 0
     steps = [row for row in rows if row["event"] == "progress"]
     assert [row["done"] for row in steps] == list(range(1, steps[0]["total"] + 1))
-    assert steps[0]["item"] == "model.layers.0.self_attn.q_proj"
+    assert steps[0]["item"] == "layer 0"
     assert steps[0]["seconds_left"] > steps[-1]["seconds_left"] == 0
     # The file is added to, and says how each run ended.
     assert [row["event"] for row in rows if row["event"] in ("begin", "end", "failed")] == [
