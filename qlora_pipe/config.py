@@ -15,6 +15,7 @@ from qlora_pipe.config_sparsity import PrunedEntries, check_chain, is_sparse
 from qlora_pipe.config_training import Align, Compact, FirstCodes, Guide, Refine, Train
 from qlora_pipe.errors import ConfigError
 from qlora_pipe.units import parse_bytes
+from quant.storage import BITSANDBYTES_BLOCKS
 
 
 class Memory(Section):
@@ -157,6 +158,9 @@ class Recover(Section):
         return tuple(sorted({0.0, *value}))
 
 
+PackedFormat = Literal["bitsandbytes"]
+"""Formats of other tools for the full decomposed model; the folder of each has its name."""
+
 IntegerFormat = Literal["compressed-tensors", "gptq", "gptq_v2", "gguf"]
 """Formats of other tools for the integer model; the folder of each has its name."""
 
@@ -174,11 +178,16 @@ class Export(Section):
         description="formats of the integer model, of compressed-tensors, gptq, gptq_v2 and gguf; null: "
         "compressed-tensors, which keeps it exactly, if that can hold it; []: none",
     )
+    packed: tuple[PackedFormat, ...] = Field(
+        (),
+        description="formats of the full decomposed model, of bitsandbytes; o and down, whose scales lie along their "
+        "outputs here, are dense there",
+    )
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="of exported dense weights")
 
-    @field_validator("integer")
+    @field_validator("integer", "packed")
     @classmethod
-    def _once_each(cls, value: tuple[IntegerFormat, ...] | None) -> tuple[IntegerFormat, ...] | None:
+    def _once_each(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
         return value if value is None else tuple(dict.fromkeys(value))
 
 
@@ -310,6 +319,24 @@ class Config(Section):
                 f"export.integer: {self.export.integer[0]} is a format of the integer model, which compact.enabled: "
                 "false leaves out: set it to true, or export.integer to []"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _packed_formats_hold_the_model(self) -> "Config":
+        if not self.export.packed:
+            return self
+        blocks = [size for size in self.decompose.block_sizes if size not in BITSANDBYTES_BLOCKS]
+        for differs, found, instead in (
+            (self.decompose.grids != ("nf",), f"levels of {self.decompose.grids}", "decompose.grids to [nf]"),
+            (self.decompose.bits != (4,), f"codes of {self.decompose.bits} bits", "decompose.bits to [4]"),
+            (blocks, f"blocks of {blocks}", f"decompose.block_sizes to some of {list(BITSANDBYTES_BLOCKS)}"),
+            (self.refine.enabled, "levels that refine moved", "refine.enabled to false"),
+        ):
+            if differs:
+                raise ValueError(
+                    f"export.packed: bitsandbytes has NormalFloat levels at 4 bits, and no {found}: set {instead}, or "
+                    "export.packed to []"
+                )
         return self
 
     @model_validator(mode="after")

@@ -47,7 +47,7 @@ TOKENS = 64
 TOLERANCE = {"float32": 1e-4, "float16": 5e-3, "bfloat16": 5e-2}
 """Largest norm of the difference of logits, relative to their own, by the coarsest dtype on the way."""
 
-_READERS = {"peft": "peft", "compressed-tensors": "compressed-tensors", "gguf": "gguf"}
+_READERS = {"peft": "peft", "compressed-tensors": "compressed-tensors", "gguf": "gguf", "bitsandbytes": "bitsandbytes"}
 _READERS |= dict.fromkeys(ZERO_SHIFT, "gptqmodel")
 _PACKAGES = {"compressed-tensors": ("compressed_tensors",), "gptqmodel": ("gptqmodel", "optimum")}
 
@@ -175,6 +175,8 @@ class Check:
         deployed = context.config.recover.base
         if name == "peft" or (name == "merged" and deployed == "original"):
             return self.recovered_logits
+        if name == "bitsandbytes":
+            return self._logits(decomposed_model(context))
         if name == "merged":
             return self._logits(self._recovered(deployed))
         if context.config.compact.enabled:

@@ -44,7 +44,7 @@ CHAIN = (
 _OFFSET_DIGITS = 20
 
 PEFT_ADAPTER = "peft/adapter_model"
-"""The one set of weights that is never split: PEFT reads a single file."""
+"""Like every adapter of PEFT, which reads a single file, never split."""
 
 Allocation = Mapping[str, Choice]
 
@@ -207,6 +207,10 @@ class Known:
             }
             formats = [name for name, reason in self.integer_formats.items() if reason is None]
             integers = {f"{name}/model": self.exported_integers(name) for name in formats}
+            if config.export.packed:
+                given = (self.architecture, self.allocation)
+                wanted["bitsandbytes/model"] = layouts.bitsandbytes(given[0], config.export.dtype, given[1])
+                wanted["bitsandbytes/adapter/adapter_model"] = layouts.bitsandbytes_adapter(*given)
             return {path: layout for path, layout in wanted.items() if layout} | integers
         return {}
 
@@ -218,7 +222,7 @@ class Known:
             if path == "gguf/model":
                 found[f"gguf/{FILE}"] = gguf_bytes(layout, self.gguf_keys)
                 continue
-            limit = sys.maxsize if path == PEFT_ADAPTER else SHARD_BYTES
+            limit = sys.maxsize if path.endswith("adapter_model") else SHARD_BYTES
             found |= {f"{folder}{slash}{name}": size for name, size in folder_files(layout, limit, stem).items()}
         return found
 

@@ -1,5 +1,6 @@
 """What each stage writes, tensor by tensor. The plan adds these layouts up; the stages write exactly these."""
 
+import json
 from collections.abc import Mapping
 
 from prune.groups import PRUNED_AXIS, ROLES, shape_of
@@ -10,6 +11,8 @@ from qlora_pipe.config_training import Compact
 from quant.storage import WORD_BITS, Choice, PackedShape, packed_columns
 
 Tensors = dict[str, TensorSpec]
+
+BITSANDBYTES_STATE = "quant_state.bitsandbytes__nf4"
 
 _TABLE_BLOCKS = range(16, 129)
 """Weights that share a scale in a packed embedding: 2 bytes of scale to 16 of codes at most."""
@@ -165,6 +168,40 @@ def gptq(architecture: Architecture, dtype: str, settings: Compact, bits: Mappin
         if f"{name}.bias" in found:
             found[f"{name}.bias"] = TensorSpec("F16", (rows,))
     return found
+
+
+def bitsandbytes_maps(architecture: Architecture, allocation: Mapping[str, Choice]) -> dict[str, PackedShape]:
+    """The linear maps that bitsandbytes can hold, whose blocks run along the input; of o and down they do not."""
+    shapes = {
+        name: packed_shape(architecture, layer, role, allocation[name]) for layer, role, name in architecture.linears()
+    }
+    return {name: shape for name, shape in shapes.items() if not shape.transposed}
+
+
+def bitsandbytes_state(shape: PackedShape, dtype: str) -> bytes:
+    """What bitsandbytes keeps of a matrix beside its tensors, as JSON."""
+    sides = [shape.out_features, shape.in_features]
+    state = {"quant_type": "nf4", "blocksize": shape.choice.block_size, "dtype": dtype, "shape": sides}
+    return json.dumps(state).encode()
+
+
+def bitsandbytes(architecture: Architecture, dtype: str, allocation: Mapping[str, Choice]) -> Tensors:
+    """The decomposed model as NF4 of bitsandbytes, without low-rank parts; all else, o and down whole, in `dtype`."""
+    found = dense(architecture, dtype)
+    for name, shape in bitsandbytes_maps(architecture, allocation).items():
+        weights = shape.rows * shape.columns
+        found[f"{name}.weight"] = TensorSpec("U8", (weights // 2, 1))
+        found[f"{name}.weight.absmax"] = TensorSpec("F32", (weights // shape.choice.block_size,))
+        found[f"{name}.weight.quant_map"] = TensorSpec("F32", (2**shape.choice.bits,))
+        found[f"{name}.weight.{BITSANDBYTES_STATE}"] = TensorSpec("U8", (len(bitsandbytes_state(shape, dtype)),))
+    return found
+
+
+def bitsandbytes_adapter(architecture: Architecture, allocation: Mapping[str, Choice]) -> Tensors:
+    """The low-rank parts of these maps under the names PEFT gives them; empty if none has one."""
+    ranks = {name: shape.choice.rank for name, shape in bitsandbytes_maps(architecture, allocation).items()}
+    every = dict.fromkeys(architecture.linear_shapes(), 0) | ranks
+    return {name: spec for name, spec in peft_adapter(architecture, every).items() if spec.elements}
 
 
 def _unquantised(architecture: Architecture, dtype: str) -> Tensors:

@@ -144,8 +144,8 @@ def render_plan(plan: Plan) -> str:
         lines.append(plan.settled)
     if not plan.exact:
         lines.append(
-            "bytes of decompose and prune are an estimate until allocate has run, and select if prune.widths is "
-            "allocated: a uniform choice in budget"
+            "bytes of decompose, prune and export.packed are an estimate until allocate has run, and select if "
+            "prune.widths is allocated: a uniform choice in budget"
         )
     return "\n".join(lines)
 

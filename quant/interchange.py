@@ -4,16 +4,21 @@ Both layouts pack codes ``u = q + 2**(bits - 1)`` into 32-bit words, the first c
 2, 4 and 8 bits that is what ``quant.pack`` does; at 3 bits a code may straddle two words, 32 codes to three of them.
 compressed-tensors packs along the input of a matrix [out, in]; GPTQ stores the transpose, still packed along the input,
 and its zero points packed along the output. GGUF has blocks of 32 weights along the input, each with its step before
-its codes.
+its codes. bitsandbytes has the codes of a matrix as one row, two to a byte, the first in the high half.
 """
+
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
+from quant.codebook import normal_float
 from quant.exceptions import QuantError, ShapeError
 from quant.grid import bounds
 from quant.pack import pack, unpack
 from quant.storage import GGUF_BLOCK, GPTQ_MULTIPLE, WORD_BITS
+
+_LEVEL_SLACK = 2e-7
 
 
 def dense_stream(words: Tensor, bits: int, columns: int) -> Tensor:
@@ -147,6 +152,36 @@ def half_smallest(scale: Tensor, offset: Tensor) -> tuple[Tensor, float]:
     if bool(lost.any()):
         raise QuantError(f"float16 has no {float(exact[lost][0]):g} for the smallest weight of a group")
     return half, float(((half.to(scale.dtype) - exact).abs() / scale).max())
+
+
+def bitsandbytes_buffers(codes: Tensor, scale: Tensor, levels: Tensor) -> dict[str, Tensor]:
+    """One matrix as bitsandbytes has its NF4: W = scale * levels[code], blocks along the input.
+
+    Args:
+        codes: uint8 [out, in], below 16. scale: fp32 [out, blocks]. levels: fp32 [16].
+
+    Returns:
+        ``weight`` uint8 [out * in / 2, 1], ``weight.absmax`` fp32 [out * blocks], ``weight.quant_map`` fp32 [16].
+
+    Raises:
+        QuantError: the levels are not those of NormalFloat, which its kernels have built in (to 2e-7).
+    """
+    if levels.shape != (16,) or float((levels - normal_float(4).to(levels.device)).abs().max()) > _LEVEL_SLACK:
+        raise QuantError("bitsandbytes knows the 16 levels of NormalFloat alone, found others")
+    pairs = codes.reshape(-1, 2)
+    return {
+        "weight": (pairs[:, :1] << 4) | pairs[:, 1:],
+        "weight.absmax": scale.reshape(-1),
+        "weight.quant_map": levels,
+    }
+
+
+def lora_factors(buffers: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """The low-rank part of a packed map as LoRA has it: A fp32 [rank, in] and B fp32 [out, rank], L1 L2 = B A."""
+    left = buffers["lowrank_left"].float()
+    if "lowrank_scale" in buffers:
+        left = left * buffers["lowrank_scale"]
+    return buffers["lowrank_right"].float(), left
 
 
 def rotary_rows(rows: int, head_dim: int, device: torch.device | None = None) -> Tensor:

@@ -18,6 +18,9 @@ GPTQ_MULTIPLE = 32
 GGUF_BLOCK = 32
 """Weights of a GGUF block of the kinds that have one step."""
 
+BITSANDBYTES_BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+"""Block sizes that bitsandbytes has at 4 bits."""
+
 PACK_BITS = (2, 3, 4, 8)
 """Widths that have a packed layout."""
 

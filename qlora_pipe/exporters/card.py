@@ -23,6 +23,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("FOLDER", gguf_file="model.gguf")
 tokenizer = AutoTokenizer.from_pretrained("FOLDER", gguf_file="model.gguf")"""
+_BITSANDBYTES = """\
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("FOLDER")
+model = PeftModel.from_pretrained(model, "FOLDER/adapter")  # where there is one: the low-rank parts"""
 _TRANSFORMERS = """\
 from transformers import AutoModelForCausalLM
 
@@ -36,12 +42,14 @@ _TITLES = {
     "gptq": "{}, pruned, as integers, in GPTQ",
     "gptq_v2": "{}, pruned, as integers, in GPTQ version 2",
     "gguf": "{}, pruned, as integers, in GGUF",
+    "bitsandbytes": "the full {}, decomposed, in NF4 of bitsandbytes",
 }
 _NEEDS = {
     "peft": "peft and transformers",
     "compressed-tensors": "transformers and compressed-tensors",
     "gptq": "GPTQModel (or transformers beside it, if all matrices have one width)",
     "gptq_v2": "GPTQModel (or transformers beside it, if all matrices have one width)",
+    "bitsandbytes": "transformers, bitsandbytes and peft",
     "gguf": "transformers and gguf, which make the matrices dense, or another reader of llama.cpp's format",
 }
 
@@ -144,6 +152,8 @@ def _loading(kind: str, origin: Origin) -> str:
         return _GPTQ
     if kind == "gguf":
         return _GGUF
+    if kind == "bitsandbytes":
+        return _BITSANDBYTES
     return _TRANSFORMERS
 
 

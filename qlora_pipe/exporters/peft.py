@@ -25,18 +25,22 @@ def write_peft(
     rank: Rank,
     strength: float,
     scale: float,
+    by_name: bool = False,
 ) -> None:
     """Write adapter_model.safetensors and adapter_config.json.
 
     PEFT computes x + lora_alpha / r * B A x, so lora_alpha = strength * rank; the recovery `scale` is folded into B.
-    Maps whose rank is not the most common one are in the patterns. Exact for scale 1. Peak bytes: one factor.
+    Maps whose rank is not the most common one are in the patterns; `by_name`: some maps have no adapter, so that those
+    that have one are named one by one. Exact for scale 1. Peak bytes: one factor.
     """
     # PEFT reads one file, whatever its size.
     with TensorWriter(folder, layout, stem=STEM, limit=sys.maxsize) as writer:
         for name in layout:
             tensor = read(name.removeprefix(_ROOT))
             writer.write(name, tensor * scale if name.endswith("lora_B.weight") else tensor)
-    targets = sorted({name.split(".")[-3] for name in layout})
+    targets = sorted(
+        {name.removeprefix(_ROOT).rsplit(".", 2)[0] if by_name else name.split(".")[-3] for name in layout}
+    )
     ranks = {} if isinstance(rank, int) else rank
     common = rank if isinstance(rank, int) else Counter(rank.values()).most_common(1)[0][0]
     others = {name: size for name, size in ranks.items() if size != common}

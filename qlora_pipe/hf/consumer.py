@@ -29,6 +29,14 @@ def load(request: dict[str, Any]) -> Any:
 
     if request["reader"] == "gguf":
         return AutoModelForCausalLM.from_pretrained(request["folder"], gguf_file="model.gguf", dtype=torch.float32)
+    if request["reader"] == "bitsandbytes":
+        model = AutoModelForCausalLM.from_pretrained(request["folder"], dtype=torch.float32, device_map="cpu")
+        adapter = Path(request["folder"]) / "adapter"
+        if not adapter.is_dir():
+            return model
+        from peft import PeftModel
+
+        return PeftModel.from_pretrained(model, adapter)
     if request["reader"] != "peft":
         return AutoModelForCausalLM.from_pretrained(request["folder"], dtype=torch.float32)
     from peft import PeftModel

@@ -10,6 +10,7 @@ from qlora_pipe import layouts
 from qlora_pipe.architectures import Architecture
 from qlora_pipe.artifacts.tensors import TensorReader
 from qlora_pipe.config import IntegerFormat
+from qlora_pipe.exporters.bitsandbytes import write_bitsandbytes
 from qlora_pipe.exporters.card import Origin, histogram, write_card
 from qlora_pipe.exporters.compressed_tensors import write_compressed_tensors
 from qlora_pipe.exporters.dense import write_dense
@@ -72,6 +73,8 @@ def run(context: Context) -> None:
         exported["small"] = {"weights": trained, "dtype": config.export.dtype}
     for name, reason in known.integer_formats.items():
         exported[name] = _integer_model(context, name) if reason is None else {"left_out": reason}
+    if config.export.packed:
+        exported["bitsandbytes"] = _bitsandbytes(context, base_config)
     context.write_json("export.json", exported)
     origin = _origin(context)
     for folder, said in exported.items():
@@ -103,6 +106,25 @@ def _dense(context: Context, folder: str, read: Read, config: dict[str, Any]) ->
     dtype = context.config.export.dtype
     layout = layouts.dense(architecture, dtype)
     write_dense(context.out / folder, layout, read, config=config, base=context.base, dtype=dtype)
+
+
+def _bitsandbytes(context: Context, config: dict[str, Any]) -> dict[str, Any]:
+    """Write the full decomposed model for bitsandbytes; what is to be said of it."""
+    known, dtype, folder = context.known, context.config.export.dtype, context.out / "bitsandbytes"
+    folder.mkdir()
+    layouts_of = known.outputs("export")
+    write_bitsandbytes(
+        folder,
+        layouts_of["bitsandbytes/model"],
+        layouts_of.get("bitsandbytes/adapter/adapter_model", {}),
+        context.reader(known.full_packed).read,
+        _dequantised(context, known.full_packed, known.architecture),
+        maps=layouts.bitsandbytes_maps(known.architecture, known.allocation),
+        config=config,
+        base=context.base,
+        dtype=dtype,
+    )
+    return {"weights": "Q of q, k, v, gate and up as NF4, Q + L1 L2 of o and down dense", "dtype": dtype}
 
 
 def _integer_model(context: Context, name: IntegerFormat) -> dict[str, Any]:

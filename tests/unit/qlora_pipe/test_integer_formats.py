@@ -145,3 +145,34 @@ def test_what_gguf_holds_is_planned(changes: dict[str, Any], paid: float) -> Non
     assert 8 * layout["blk.1.ffn_down.weight"].nbytes / rows / columns == paid
     # Without a folder there is no tokenizer to count, and nothing to say.
     assert known.files("export")["gguf/model.gguf"] == gguf_bytes(layout, {})
+
+
+NF4 = {"bits": (4,), "grids": ("nf",), "block_sizes": (32,), "ranks": (0,), "budget": "6bits"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"decompose": NF4 | {"grids": ("lloyd",)}}, r"no levels of .*lloyd.*decompose.grids to \[nf\]"),
+        ({"decompose": NF4 | {"bits": (3, 4)}}, r"no codes of \(3, 4\) bits: set decompose.bits to \[4\]"),
+        ({"decompose": NF4 | {"block_sizes": (16, 32, 192)}}, r"no blocks of \[16, 192\]: set decompose.block_sizes"),
+        ({"decompose": NF4, "refine": {"enabled": True}}, "no levels that refine moved: set refine.enabled to false"),
+    ],
+)
+def test_what_bitsandbytes_cannot_hold_is_refused(changes: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValidationError, match=f"bitsandbytes has NormalFloat levels at 4 bits, and {says}"):
+        knowing(**changes, export={"packed": ["bitsandbytes"]})
+
+
+def test_what_bitsandbytes_holds_is_planned() -> None:
+    known = knowing(decompose=NF4, export={"packed": ["bitsandbytes", "bitsandbytes"], "dtype": "bfloat16"})
+    layout = known.outputs("export")["bitsandbytes/model"]
+    assert known.files("export")["bitsandbytes/model.safetensors"] == file_bytes(layout)
+    assert "bitsandbytes/adapter/adapter_model" not in known.outputs("export")
+    for name, (rows, columns) in known.architecture.linear_shapes().items():
+        stored = sum(spec.nbytes for tensor, spec in layout.items() if tensor.startswith(f"{name}.weight"))
+        if name.endswith(("o_proj", "down_proj")):
+            assert stored == 2 * rows * columns
+        else:
+            # A code and its share of a scale; the levels, and the JSON of the sides.
+            assert 0 < stored - (4 + 32 / 32) * rows * columns / 8 - 64 < 100

@@ -4,18 +4,22 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from bitsandbytes.functional import QuantState, dequantize_4bit, get_4bit_type
 from gptq_reader import read_map, read_stream
 from torch import Tensor
 
+from quant.codebook import normal_float
 from quant.exceptions import QuantError, ShapeError
 from quant.grid import dequantize, to_signed
 from quant.interchange import (
+    bitsandbytes_buffers,
     compressed_tensors_buffers,
     dense_stream,
     gguf_blocks,
     gptq_buffers,
     half_smallest,
     half_steps,
+    lora_factors,
     rotary_rows,
     stream_codes,
 )
@@ -187,3 +191,28 @@ def test_what_gguf_blocks_cannot_be_is_refused() -> None:
 
 def test_halves_of_a_head_become_neighbours() -> None:
     assert rotary_rows(12, 6).tolist() == [0, 3, 1, 4, 2, 5, 6, 9, 7, 10, 8, 11]
+
+
+@pytest.mark.parametrize("block", [32, 64])
+def test_bitsandbytes_gives_the_weights_of_its_codes(block: int) -> None:
+    """Its levels are written out with fewer digits than ours, 2^-23 apart at most."""
+    codes, _, scale = random_map(4, 6, 128, block)
+    found = bitsandbytes_buffers(codes, scale, normal_float(4))
+    assert found["weight"][:3, 0].tolist() == [16 * int(codes[0, 2 * k]) + int(codes[0, 2 * k + 1]) for k in range(3)]
+    state = QuantState(found["weight.absmax"], codes.shape, found["weight.quant_map"], block, "nf4", torch.float32)
+    expected = scale.double().repeat_interleave(block, dim=1) * get_4bit_type("nf4", device="cpu").double()[codes.int()]
+    assert torch.equal(dequantize_4bit(found["weight"], state), expected.float())
+    assert torch.equal(found["weight.quant_map"], normal_float(4))
+    with pytest.raises(QuantError, match="the 16 levels of NormalFloat alone"):
+        bitsandbytes_buffers(codes, scale, torch.linspace(-1, 1, 16))
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16])
+def test_low_rank_parts_are_lora_factors(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    left, right = ((10 * torch.randn(size, generator=generator)).to(dtype) for size in ((6, 3), (3, 8)))
+    buffers = {"lowrank_left": left, "lowrank_right": right}
+    scale = torch.rand(3, generator=generator) if dtype == torch.int8 else torch.ones(3)
+    lora_a, lora_b = lora_factors(buffers | ({"lowrank_scale": scale} if dtype == torch.int8 else {}))
+    expected = left.double() @ torch.diag(scale.double()) @ right.double()
+    torch.testing.assert_close((lora_b @ lora_a).double(), expected, rtol=1e-5, atol=1e-4)
