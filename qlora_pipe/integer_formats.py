@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 
 from qlora_pipe.architectures import Architecture
-from qlora_pipe.config import Config, IntegerFormat
+from qlora_pipe.config import Config
+from qlora_pipe.config_export import IntegerFormat
 from qlora_pipe.gguf_layout import FAMILIES
 from quant.storage import GGUF_BLOCK, GPTQ_MULTIPLE
 

@@ -11,7 +11,8 @@ from prune.groups import PRUNED_AXIS, LayerShape, shape_of
 from qlora_pipe import layouts
 from qlora_pipe.architectures import Architecture, linear_name
 from qlora_pipe.artifacts.layout import DTYPE_BYTES, SHARD_BYTES, entry_bytes, folder_files
-from qlora_pipe.config import Config, IntegerFormat
+from qlora_pipe.config import Config
+from qlora_pipe.config_export import IntegerFormat
 from qlora_pipe.errors import ConfigError
 from qlora_pipe.gguf_layout import FILE, gguf_bytes, gguf_keys, gguf_tensors
 from qlora_pipe.gguf_tokens import Keys

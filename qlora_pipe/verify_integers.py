@@ -15,7 +15,7 @@ from prune.indexmap import IndexMap
 from qlora_pipe.architectures import Architecture, from_config, linear_name
 from qlora_pipe.artifacts.manifest import read_manifest
 from qlora_pipe.artifacts.tensors import TensorReader
-from qlora_pipe.config import IntegerFormat
+from qlora_pipe.config_export import IntegerFormat
 from qlora_pipe.config_training import Compact
 from qlora_pipe.errors import ArtifactError
 from qlora_pipe.exporters.gguf import linear_blocks

@@ -9,7 +9,7 @@ from torch import Tensor
 from qlora_pipe import layouts
 from qlora_pipe.architectures import Architecture
 from qlora_pipe.artifacts.tensors import TensorReader
-from qlora_pipe.config import IntegerFormat
+from qlora_pipe.config_export import IntegerFormat
 from qlora_pipe.exporters.bitsandbytes import write_bitsandbytes
 from qlora_pipe.exporters.card import Origin, histogram, write_card
 from qlora_pipe.exporters.compressed_tensors import write_compressed_tensors

@@ -127,5 +127,5 @@ def test_it_is_planned_verified_and_checked(exported: Exported) -> None:
     assert list(verify_path(exported.context.inputs["export"].folder))
     card = (exported.folder / "README.md").read_text()
     assert "Q of q, k, v, gate and up as NF4" in card
-    verdict = Check(open_run(exported.run), exported.run, "float32").verdict("bitsandbytes")
+    verdict = Check(open_run(exported.run)[0], exported.run, "float32").verdict("bitsandbytes")
     assert (verdict.holds, verdict.reader, verdict.tolerance) == (True, "bitsandbytes", 1e-4)

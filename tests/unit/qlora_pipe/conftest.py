@@ -18,7 +18,8 @@ from qlora_pipe.architectures import FAMILIES, Architecture, linear_name
 from qlora_pipe.artifacts.layout import Layout
 from qlora_pipe.artifacts.store import Store, Ticket
 from qlora_pipe.artifacts.tensors import TensorWriter, torch_dtype_of
-from qlora_pipe.config import Config, IntegerFormat
+from qlora_pipe.config import Config
+from qlora_pipe.config_export import IntegerFormat
 from qlora_pipe.config_file import resolved_yaml
 from qlora_pipe.exporters import compressed_tensors, gptq
 from qlora_pipe.exporters.gptq import ZERO_SHIFT
