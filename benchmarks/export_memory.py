@@ -3,8 +3,8 @@
     python benchmarks/export_memory.py [--short] [--json FILE] [--layers 64] [--width 1024]
 
 A Llama of 64 layers, 8192 wide with a feed-forward of 28672 and 64 heads over 8, shrunk to `--width` (8192 is the real
-one: 220 GB of fp32 weights on disk and about 700 more of what is written). Weights, adapters and integers are random;
-every format is written: the adapter, the merged model, the small one dense, and as integers for compressed-tensors and
+one: 220 GB of fp32 weights on disk and about 540 more of what is written). Weights, adapters and integers are random;
+what is written is the adapter, the merged model, the small one dense, and as integers for compressed-tensors and
 both versions of GPTQ. Ours is the high-water mark of resident memory while that happens less what was resident before,
 the peer the fp32 bytes of one layer.
 """
