@@ -19,7 +19,6 @@ met is named on standard error and left out.
 
 import argparse
 import math
-import os
 import shutil
 import statistics
 import sys
@@ -29,7 +28,7 @@ from typing import NamedTuple
 import rows
 from perplexity import SUBJECTS, compare, context, mean_and_error, setting, settings
 from rows import Row
-from tuning import GSM8K
+from tuning import gsm8k
 
 from qlora_pipe import layouts
 from qlora_pipe.compile import compile_model
@@ -129,15 +128,14 @@ def design_rows(place: str, seen: Seen, base: Sequence[float], best: Sequence[fl
 
 def measure(given: argparse.Namespace) -> Iterator[Row]:
     """Direct tuning, then five rows a reduction and design, and what training each takes."""
-    subject, path = SUBJECTS[given.model], os.environ.get(GSM8K)
-    gsm8k = setting("data.task", source=path, prompt="{question}", response="{answer}", exclude=[]) if path else ()
+    subject = SUBJECTS[given.model]
     tuned = setting("train", rank=8, alpha=16, learning_rate=given.rate, steps=given.steps, **BATCH)
     recover = setting("recover", scales=[0.5, 1.0, 1.5, 2.0], rows=24)
     corrected = setting("recover", correction="emloc")
     aligned = setting("align", enabled=True, steps=given.align, **BATCH)
 
     def chosen(budget: float, *overrides: str) -> Config:
-        own = (*setting("decompose", budget=f"{budget:.9f}bits"), *gsm8k, *tuned, *recover)
+        own = (*setting("decompose", budget=f"{budget:.9f}bits"), *gsm8k(), *tuned, *recover)
         return settings(subject, *own, *overrides, sequences=given.calibration)
 
     direct = through_small(chosen(WIDEST, *setting("train", base="original")), given.rows)

@@ -56,13 +56,15 @@ GROUP_SIZES = {"stories260k": 4}
 """Where 64 does not divide the inputs of every linear map."""
 
 
+def gsm8k() -> tuple[str, ...]:
+    """Overrides for the task, if the environment names GSM8K."""
+    path = os.environ.get(GSM8K)
+    return setting("data.task", source=path, prompt="{question}", response="{answer}", exclude=[]) if path else ()
+
+
 def task(subject: Subject) -> tuple[str, ...]:
     """Overrides for the model and what it is trained on."""
-    path = os.environ.get(GSM8K)
-    if not path or subject.name == "stories260k":
-        return subject.overrides()
-    records = setting("data.task", source=path, prompt="{question}", response="{answer}", exclude=[])
-    return (*subject.overrides(), *records)
+    return subject.overrides() if subject.name == "stories260k" else (*subject.overrides(), *gsm8k())
 
 
 def shared(config: Config, steps: int) -> tuple[str, ...]:

@@ -13,7 +13,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from gguf import GGUFReader
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -39,7 +38,7 @@ from qlora_pipe.stages.base import Context
 from qlora_pipe.stages.compact import compact_model
 from qlora_pipe.stages.models import base_model, decomposed_model, task_model, with_adapter
 from qlora_pipe.stages.train import strength
-from qlora_pipe.verify_integers import difference, gguf_difference
+from qlora_pipe.verify_integers import difference, gguf_difference, gguf_stored
 
 TOKENS = 64
 """Held-out tokens whose logits are compared, at most."""
@@ -234,9 +233,10 @@ class Check:
         layout, compact = known.exported_integers("gguf"), self.context.reader("compact")
         if path.stat().st_size != gguf_bytes(layout, known.gguf_keys):
             return "DIFFERS: another size than the format has"
-        if {tensor.name for tensor in GGUFReader(path).tensors} != set(layout):
+        stored = gguf_stored(path)
+        if set(stored) != set(layout):
             return "DIFFERS: other tensors than the format has"
-        problem = gguf_difference(path, compact, known.small, known.integer_bits, self.context.config.compact)
+        problem = gguf_difference(stored, compact, known.small, known.integer_bits, self.context.config.compact)
         return problem and f"DIFFERS: {problem}"
 
 

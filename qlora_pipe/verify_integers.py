@@ -40,36 +40,44 @@ def check_exported(run: Path, kept: IndexMap) -> None:
         for layer in range(len(kept.layers))
         for role in ROLES
     }
+    trained = TensorReader(run / "compact")
     for name in get_args(IntegerFormat):
         folder = run / "export" / name
         if not folder.is_dir():
             continue
         if name == "gguf":
-            _check_gguf(run, folder, kept)
-            continue
-        settings = json.loads((folder / "config.json").read_text())["quantization_config"]
-        bits, exported, trained = told_bits(settings, sides), TensorReader(folder), TensorReader(run / "compact")
-        for linear, size in sides.items():
-            problem = difference(exported, trained, name, linear, size, bits[linear])
-            if problem is not None:
-                raise ArtifactError(f"{folder}: {problem} are not those of compact; {_AGAIN}")
+            problem = _gguf_problem(run, folder / FILE, trained, kept)
+        else:
+            settings = json.loads((folder / "config.json").read_text())["quantization_config"]
+            bits, exported = told_bits(settings, sides), TensorReader(folder)
+            found = (difference(exported, trained, name, linear, size, bits[linear]) for linear, size in sides.items())
+            problem = next(filter(None, found), None)
+        if problem is not None:
+            raise ArtifactError(f"{folder}: {problem} are not those of compact; {_AGAIN}")
 
 
-def _check_gguf(run: Path, folder: Path, kept: IndexMap) -> None:
+def _gguf_problem(run: Path, path: Path, trained: TensorReader, kept: IndexMap) -> str | None:
     made = read_manifest(run / "compact").settings
     settings = Compact.model_validate({key: value for key, value in made.items() if key in Compact.model_fields})
     small = from_config(read_config(run / BASE_LINK)).with_layers(kept.kept_shapes)
     bits = bits_of([name for _, _, name in small.linears()], settings.bits, settings.rules)
-    problem = gguf_difference(folder / FILE, TensorReader(run / "compact"), small, bits, settings)
-    if problem is not None:
-        raise ArtifactError(f"{folder}: {problem} are not those of compact; {_AGAIN}")
+    return gguf_difference(gguf_stored(path), trained, small, bits, settings)
+
+
+def gguf_stored(path: Path) -> dict[str, np.ndarray]:
+    """The tensors of a GGUF file, as bytes of blocks, by name; not yet in memory."""
+    return {tensor.name: tensor.data for tensor in GGUFReader(path).tensors}
 
 
 def gguf_difference(
-    path: Path, trained: TensorReader, small: Architecture, bits: Mapping[str, int], settings: Compact
+    stored: Mapping[str, np.ndarray],
+    trained: TensorReader,
+    small: Architecture,
+    bits: Mapping[str, int],
+    settings: Compact,
 ) -> str | None:
-    """The same of all linear maps of a GGUF file, block by block. Peak bytes: 9 for each weight of a map."""
-    stored = {tensor.name: tensor.data for tensor in GGUFReader(path).tensors}
+    """What `difference` says of a map, of all maps of a GGUF file, block by block. Peak bytes: 9 for each weight of a
+    map."""
     for name, width in bits.items():
         blocks, _ = linear_blocks(trained.read, name, small, width, settings)
         if not np.array_equal(stored[gguf_name(f"{name}.weight")], blocks.numpy()):

@@ -28,7 +28,6 @@ NARROW = 64
 """Outputs below which random directions are often no intruders, by chance."""
 
 _SIDES = ("a", "b")
-_SPECTRAL = ("intruders", "top", "energy", "margin")
 
 
 def compare(
