@@ -40,11 +40,11 @@ def check_exported(run: Path, kept: IndexMap) -> None:
         for layer in range(len(kept.layers))
         for role in ROLES
     }
-    trained = TensorReader(run / "compact")
     for name in get_args(IntegerFormat):
         folder = run / "export" / name
         if not folder.is_dir():
             continue
+        trained = TensorReader(run / "compact")
         if name == "gguf":
             problem = _gguf_problem(run, folder / FILE, trained, kept)
         else:
